@@ -1,0 +1,192 @@
+"""The four ways to build a block around the memory (Titans, section 4), each a mixer between two residual paths.
+
+A block takes the tokens and its own state and returns both. State None is the start of a sequence: the persistent tokens come
+first then, and their outputs are dropped. Any cut of a sequence with the state handed on equals one pass.
+
+Shape letters: B batch, T tokens, P persistent tokens, M model width, H heads, D head dimension.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from titans_scale.config import ModelConfig
+from titans_scale.memory.layer import Initializer, MemoryState, NeuralMemory, constant, normal
+from titans_scale.models.attention import Attention, KeyValue, segment_attention, window_attention
+from titans_scale.models.layers import MemoryGate, SwiGLU
+
+
+class MACState(NamedTuple):
+    """Memory as context, somewhere in a segment."""
+
+    memory: MemoryState | None
+    query_tail_BKI: Tensor | None
+    """Convolution tail of the queries that ask for memory tokens (those of the written tokens are in `memory`)."""
+    segment_weights: list[Tensor]
+    """The memory as it stood before the segment."""
+    memory_tokens: KeyValue
+    segment: KeyValue
+    """Keys and values of the segment so far."""
+
+
+class WindowState(NamedTuple):
+    """Memory beside or below sliding-window attention."""
+
+    memory: MemoryState
+    prefix: KeyValue
+    context: KeyValue
+    """Keys and values of the last window - 1 tokens."""
+
+
+class Block(nn.Module, ABC):
+    """x + mixer(norm(x)), then x + MLP(norm(x)). Subclasses are the mixers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.memory = NeuralMemory(config.dim, config.memory, init_std=config.init_std, num_layers=config.num_layers)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = SwiGLU(config)
+        if config.num_persistent_tokens:
+            self.persistent = nn.Parameter(torch.empty(config.num_persistent_tokens, config.dim))
+
+    def forward(self, x_BTM: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        x_BTM, state = self.mix(x_BTM, state)
+        return x_BTM + self.mlp(self.mlp_norm(x_BTM)), state
+
+    @abstractmethod
+    def mix(self, x_BTM: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The tokens with the mixer's output added, and the state after them."""
+
+    def prefix(self, x_BTM: Tensor) -> Tensor:
+        """The persistent tokens for each row of x's batch, (B, P, M); P may be 0."""
+        if not self.config.num_persistent_tokens:
+            return x_BTM[:, :0]
+        return self.persistent.to(x_BTM.dtype).expand(x_BTM.shape[0], -1, -1)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """For the parameters that are this block's own or its children's, by name, how their initial values are made."""
+        small = self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        rules = {f"memory.{name}": rule for name, rule in self.memory.initializers().items()}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.RMSNorm):
+                rules[f"{name}.weight"] = constant(1.0)
+        rules |= {f"mlp.{name}.weight": normal(self.config.init_std) for name in ("gate", "up")}
+        rules |= {f"attention.{name}_proj.weight": normal(self.config.init_std) for name in ("q", "k", "v")}
+        rules |= {"mlp.down.weight": normal(small), "attention.out_proj.weight": normal(small)}
+        rules |= {"persistent": normal(1.0), "gate.y_norm.weight": constant(1 / math.sqrt(2 * self.config.num_layers))}
+        return rules
+
+
+class MACBlock(Block):
+    """Memory as context: what the memory recalls for a segment joins it in attention, and the result is written (section 4.1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.attention = Attention(config)
+        self.memory_token_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.write_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.gate = MemoryGate(config)
+
+    def mix(self, x_BTM: Tensor, state: MACState | None) -> tuple[Tensor, MACState]:
+        x = self.norm(x_BTM)
+        prefix = self.attention.keys_values(self.norm(self.prefix(x_BTM)))
+        q, own = self.attention.queries(x), self.attention.keys_values(x)
+        state = state or MACState(None, None, self.memory.fresh_weights(x.shape[0]), own.between(0, 0), own.between(0, 0))
+        memory_q, query_tail = self.memory.queries(x, state.query_tail_BKI)
+        state = state._replace(query_tail_BKI=query_tail)
+        outputs, begin, length = [], 0, x.shape[1]
+        while begin < length:
+            end = min(length, begin + self.config.segment_len - state.segment.k.shape[2])
+            piece = slice(begin, end)
+            output, state = self._mix_piece(x[:, piece], q[:, :, piece], own.between(begin, end), memory_q[:, :, piece], prefix, state)
+            outputs.append(output)
+            begin = end
+        return x_BTM + torch.cat(outputs, dim=1), state
+
+    def _mix_piece(
+        self, x_BTM: Tensor, q_BHTD: Tensor, own: KeyValue, memory_q_BHTD: Tensor, prefix: KeyValue, state: MACState
+    ) -> tuple[Tensor, MACState]:
+        """Tokens of one segment, up to its end at most."""
+        recalled = self.memory.retrieve(memory_q_BHTD, state.segment_weights, x_BTM)
+        memory_tokens = state.memory_tokens.then(self.attention.keys_values(self.memory_token_norm(recalled)))
+        segment = state.segment.then(own)
+        attended = segment_attention(q_BHTD, memory_tokens, segment, prefix, theta=self.config.rope_theta)
+        y = self.attention.output(attended)
+        read, memory = self.memory(self.write_norm(y), state.memory)
+        segment_weights = state.segment_weights
+        if segment.k.shape[2] == self.config.segment_len:
+            segment_weights = memory.scan.weights
+            memory_tokens, segment = memory_tokens.between(0, 0), segment.between(0, 0)
+        return self.gate(y, read), MACState(memory, state.query_tail_BKI, segment_weights, memory_tokens, segment)
+
+
+class MAGBlock(Block):
+    """Memory as gate: sliding-window attention and the memory side by side, one gating the other (section 4.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.attention = Attention(config)
+        self.gate = MemoryGate(config)
+
+    def mix(self, x_BTM: Tensor, state: WindowState | None) -> tuple[Tensor, WindowState]:
+        x = self.norm(x_BTM)
+        if state is None:
+            persistent = self.norm(self.prefix(x_BTM))
+            prefix = self.attention.keys_values(persistent)
+            read, memory = self.memory(torch.cat((persistent, x), dim=1))
+            read = read[:, persistent.shape[1] :]
+        else:
+            prefix = state.prefix
+            read, memory = self.memory(x, state.memory)
+        y, context = windowed(self.attention, x, prefix, state, self.config)
+        return x_BTM + self.gate(y, read), WindowState(memory, prefix, context)
+
+
+class MALBlock(Block):
+    """Memory as layer: the memory first, sliding-window attention on what it made of the tokens (section 4.3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+
+    def mix(self, x_BTM: Tensor, state: WindowState | None) -> tuple[Tensor, WindowState]:
+        x_BTM, persistent, memory = remember(self, x_BTM, state.memory if state else None)
+        prefix = state.prefix if state else self.attention.keys_values(self.attention_norm(persistent))
+        y, context = windowed(self.attention, self.attention_norm(x_BTM), prefix, state, self.config)
+        return x_BTM + y, WindowState(memory, prefix, context)
+
+
+class LMMBlock(Block):
+    """The memory alone as the sequence mixer."""
+
+    def mix(self, x_BTM: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
+        x_BTM, _, memory = remember(self, x_BTM, state)
+        return x_BTM, memory
+
+
+def remember(block: Block, x_BTM: Tensor, state: MemoryState | None) -> tuple[Tensor, Tensor, MemoryState]:
+    """x + memory(norm(x)) over [persistent || x] at the start of a sequence, over x later; the persistent part apart."""
+    persistent = block.prefix(x_BTM) if state is None else x_BTM[:, :0]
+    whole = torch.cat((persistent, x_BTM), dim=1)
+    read, memory = block.memory(block.norm(whole), state)
+    whole = whole + read
+    return whole[:, persistent.shape[1] :], whole[:, : persistent.shape[1]], memory
+
+
+def windowed(
+    attention: Attention, x_BTM: Tensor, prefix: KeyValue, state: WindowState | None, config: ModelConfig
+) -> tuple[Tensor, KeyValue]:
+    """Sliding-window attention with prefix, and the keys and values that the next call still sees."""
+    own = attention.keys_values(x_BTM)
+    context = state.context.then(own) if state else own
+    y = window_attention(attention.queries(x_BTM), context, prefix, window=config.window, theta=config.rope_theta)
+    return attention.output(y), context.between(max(0, context.k.shape[2] - config.window + 1))
+
+
+BLOCKS: dict[str, type[Block]] = {"mac": MACBlock, "mag": MAGBlock, "mal": MALBlock, "lmm": LMMBlock}

@@ -1,0 +1,61 @@
+"""Small parts that every block shares: rotary embedding, SwiGLU, the gate that joins attention and memory.
+
+Shape letters: B batch, H heads, T tokens, D head dimension, M model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans_scale.config import ModelConfig
+
+
+def rotate(x_BHTD: Tensor, *, start: int, theta: float) -> Tensor:
+    """Rotary position embedding (RoFormer) for positions start, start + 1, ...
+
+    Positions here are counted from the start of a window or segment: attention sees only differences, and a table that does
+    not grow with the sequence keeps its precision at any length. Computed in float32 (float64 stays).
+    """
+    dtype = torch.promote_types(x_BHTD.dtype, torch.float32)
+    half = x_BHTD.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x_BHTD.device, dtype=dtype) / half)
+    position = torch.arange(start, start + x_BHTD.shape[-2], device=x_BHTD.device, dtype=dtype)
+    angle_TD = position[:, None] * frequency
+    cos, sin = angle_TD.cos(), angle_TD.sin()
+    first, second = x_BHTD.to(dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BHTD.dtype)
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """Hidden width of the MLP: model.mlp_dim, or 8/3 of model.dim rounded up to a multiple of 64."""
+    return config.mlp_dim or -(-config.dim * 8 // (3 * 64)) * 64
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = mlp_width(config)
+        self.gate = nn.Linear(config.dim, hidden, bias=False)
+        self.up = nn.Linear(config.dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, config.dim, bias=False)
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BTM)) * self.up(x_BTM))
+
+
+class MemoryGate(nn.Module):
+    """o = norm(y) (x) SiLU(norm(m)): both normalised with learnable vectors, then a non-linearity (section 4.2).
+
+    The vector on y starts at 1 / sqrt(2 * num_layers), as no projection follows that could start small: the outputs of all
+    blocks then add up to order one in the residual stream.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.y_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.memory_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, y_BTM: Tensor, memory_BTM: Tensor) -> Tensor:
+        return self.y_norm(y_BTM) * F.silu(self.memory_norm(memory_BTM))

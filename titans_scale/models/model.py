@@ -1,0 +1,151 @@
+"""TitansLM: the language model around the blocks. Single-device code; sharding happens outside, in titans_scale.parallel.
+
+Shape letters: B batch, T tokens, M model width, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans_scale.config import ModelConfig
+from titans_scale.memory.layer import Initializer, constant, normal
+from titans_scale.memory.state import compact
+from titans_scale.models.blocks import BLOCKS, Block
+from titans_scale.models.generation import generate_tokens
+
+IGNORED = -100
+"""Label of a position that has no target."""
+
+
+class TitansState(NamedTuple):
+    """Streaming state of a model: all that the tokens so far have left behind. Its size does not grow with their number."""
+
+    batch_size: int
+    layers: list[Any]
+    """Each block's own state; None before the first token."""
+
+
+class TitansOutput(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: Tensor
+    """(B, T, V)."""
+    loss: Tensor | None = None
+    """Mean cross-entropy in nats, where labels were given."""
+    state: TitansState | None = None
+    """The state after the last token, where one was given."""
+
+
+class TitansLM(nn.Module):
+    """A Titans language model: embedding, blocks of `config.variant`, norm, head.
+
+    May be built under `torch.device("meta")`; then `to_empty` and `init_weights` make it real. Built on a real device, its
+    weights are drawn at once, from torch's global seed.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if not self.embedding.weight.is_meta:
+            self.init_weights(seed=int(torch.randint(2**31, (), device="cpu").item()))
+
+    def forward(self, tokens_BT: Tensor, state: TitansState | None = None, labels: Tensor | None = None) -> TitansOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: token ids, (B, T).
+            state: from `init_state` or an earlier output; the tokens continue what it has seen.
+            labels: (B, T), usually the tokens themselves: the shift by one happens here, and -100 marks positions without a target.
+        Raises:
+            ValueError: no tokens, or a state of another batch size.
+        """
+        if tokens_BT.dim() != 2 or tokens_BT.shape[1] == 0:
+            raise ValueError(f"tokens have shape {tuple(tokens_BT.shape)}; they must be (batch, tokens) with at least one token")
+        if state is not None and state.batch_size != tokens_BT.shape[0]:
+            raise ValueError(f"the state is for a batch of {state.batch_size}, the tokens are a batch of {tokens_BT.shape[0]}")
+        x_BTM = self.embedding(tokens_BT)
+        layers = []
+        for layer, block in enumerate(self.blocks):
+            x_BTM, layer_state = block(x_BTM, state.layers[layer] if state else None)
+            if state is not None:
+                layers.append(compact(layer_state))
+        logits_BTV = self.head(self.norm(x_BTM))
+        return TitansOutput(
+            logits_BTV,
+            None if labels is None else next_token_loss(logits_BTV, labels),
+            None if state is None else TitansState(state.batch_size, layers),
+        )
+
+    def init_state(self, batch_size: int = 1) -> TitansState:
+        """The state before the first token."""
+        return TitansState(batch_size, [None] * len(self.blocks))
+
+    def generate(
+        self,
+        prompt_BT: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_token: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue a prompt; see `titans_scale.models.generation.generate_tokens`. Returns (B, T + new), the prompt included."""
+        return generate_tokens(
+            self,
+            prompt_BT,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop_token=stop_token,
+            seed=seed,
+        )
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights anew: the same values for the same seed on any device."""
+        parameters = dict(self.named_parameters())
+        for name, value in self.initial_values(seed):
+            parameters[name].copy_(value)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and whole initial value, one at a time, on the CPU in float32.
+
+        Each is drawn by a generator of its own, seeded by (seed, name): the value depends on nothing else, so any sharding of
+        the model on any number of ranks can be filled with the same weights.
+        """
+        rules = self.initializers()
+        for name, parameter in self.named_parameters():
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
+            yield name, rules[name](parameter.shape, generator)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """For every parameter, by its qualified name, how its initial value is made."""
+        table = normal(self.config.init_std)
+        rules = {"embedding.weight": table, "head.weight": table, "norm.weight": constant(1.0)}
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            rules |= {f"blocks.{layer}.{name}": rule for name, rule in block.initializers().items()}
+        return rules
+
+
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of predicting labels[t + 1] from logits[t], in float32; 0 where there is no target at all."""
+    targets = labels_BT[:, 1:].flatten()
+    total = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)

@@ -1,0 +1,48 @@
+"""What a model tells the trainer about itself: how to group it for sharding, which parameters decay, how large and how costly it is."""
+
+import torch
+from torch import nn
+
+from titans_scale.config import ModelConfig
+from titans_scale.models.flops import flops_per_token
+from titans_scale.models.model import TitansLM
+
+__all__ = ["decay_groups", "flops_per_token", "fsdp_groups", "num_parameters", "parameters_by_part"]
+
+NO_DECAY = ("norm", "bias", "persistent", "initial_weights", "memory_scale", "memory_shift", "_conv")
+"""Marks, in a parameter's name, of what weight decay must leave alone: scales, shifts, and what is not a projection."""
+
+
+def fsdp_groups(model: TitansLM) -> list[list[nn.Module]]:
+    """Modules to shard together, in order; the root is sharded last and is not listed.
+
+    A block is one group. The embedding and the head stay with the root where they share their weights, as the two uses
+    must find one gathered tensor; untied they are groups of their own, the final norm with the head.
+    """
+    groups: list[list[nn.Module]] = [] if model.config.tie_embeddings else [[model.embedding]]
+    groups += [[block] for block in model.blocks]
+    return groups if model.config.tie_embeddings else [*groups, [model.norm, model.head]]
+
+
+def decay_groups(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Qualified names of the parameters with and without weight decay."""
+    names = [name for name, _ in model.named_parameters()]
+    without = [name for name in names if any(mark in name for mark in NO_DECAY)]
+    return [name for name in names if name not in set(without)], without
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """All parameters, tied ones counted once. Built on the meta device: takes no memory."""
+    return sum(parameters_by_part(config).values())
+
+
+def parameters_by_part(config: ModelConfig) -> dict[str, int]:
+    """Parameters of embedding, head, attention, memory, mlp, and the rest (norms, gates, persistent tokens)."""
+    with torch.device("meta"):
+        model = TitansLM(config)
+    parts = dict.fromkeys(("embedding", "head", "attention", "memory", "mlp", "other"), 0)
+    for name, parameter in model.named_parameters():
+        path = name.removesuffix(".weight").split(".")
+        part = path[2] if path[0] == "blocks" else path[0]
+        parts[part if part in parts else "other"] += parameter.numel()
+    return parts
