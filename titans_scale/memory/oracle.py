@@ -87,7 +87,7 @@ def _surprise(
     """Gradient of |M(k) - v|^2 by autograd, and 2 (M(k) - v). Differentiable again where the inputs are."""
     outer = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        leaves = [w if outer and w.requires_grad else w.detach().requires_grad_() for w in weights]
         difference = _forward(k_BHD, leaves, activation, norm) - v_BHD
         gradient = list(torch.autograd.grad(difference.square().sum(), leaves, create_graph=outer))
     return gradient, 2 * difference.detach()

@@ -53,9 +53,8 @@ class TitansLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        # One parameter, not one under two names: `to_empty` and sharding would make two of it.
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         if not self.embedding.weight.is_meta:
             self.init_weights(seed=int(torch.randint(2**31, (), device="cpu").item()))
 
@@ -79,7 +78,8 @@ class TitansLM(nn.Module):
             x_BTM, layer_state = block(x_BTM, state.layers[layer] if state else None)
             if state is not None:
                 layers.append(compact(layer_state))
-        logits_BTV = self.head(self.norm(x_BTM))
+        x_BTM = self.norm(x_BTM)
+        logits_BTV = F.linear(x_BTM, self.embedding.weight) if self.head is None else self.head(x_BTM)
         return TitansOutput(
             logits_BTV,
             None if labels is None else next_token_loss(logits_BTV, labels),

@@ -16,12 +16,11 @@ NO_DECAY = ("norm", "bias", "persistent", "initial_weights", "memory_scale", "me
 def fsdp_groups(model: TitansLM) -> list[list[nn.Module]]:
     """Modules to shard together, in order; the root is sharded last and is not listed.
 
-    A block is one group. The embedding and the head stay with the root where they share their weights, as the two uses
-    must find one gathered tensor; untied they are groups of their own, the final norm with the head.
+    A block is one group. A tied embedding stays with the root, which uses it at both ends; untied, embedding and head are
+    groups of their own, the final norm with the head.
     """
-    groups: list[list[nn.Module]] = [] if model.config.tie_embeddings else [[model.embedding]]
-    groups += [[block] for block in model.blocks]
-    return groups if model.config.tie_embeddings else [*groups, [model.norm, model.head]]
+    blocks: list[list[nn.Module]] = [[block] for block in model.blocks]
+    return blocks if model.head is None else [[model.embedding], *blocks, [model.norm, model.head]]
 
 
 def decay_groups(model: nn.Module) -> tuple[list[str], list[str]]:
