@@ -31,8 +31,9 @@ class _Tokens(NamedTuple):
     eta: Tensor
     alpha: Tensor
 
-    def between(self, begin: int, end: int) -> "_Tokens":
-        return _Tokens(*(x[:, :, begin:end] for x in self))
+    def split(self, lengths: list[int]) -> list["_Tokens"]:
+        """Consecutive pieces. One split, not many slices: the gradient of a slice is as long as the whole."""
+        return [_Tokens(*pieces) for pieces in zip(*(x.split(lengths, dim=2) for x in self), strict=True)]
 
     def in_chunks(self, chunk_size: int) -> "_Tokens":
         return _Tokens(*(x.unflatten(2, (-1, chunk_size)) for x in self))
@@ -93,21 +94,20 @@ def memory_scan(
         tokens = _with_open_chunk(state.open_chunk, tokens)
 
     total = tokens.k.shape[2]
-    num_chunks = total // chunk_size
+    num_chunks, rest_length = divmod(total, chunk_size)
     interval = state_interval or max(1, round(math.sqrt(num_chunks)))
+    group_lengths = [chunk_size * min(interval, num_chunks - first) for first in range(0, num_chunks, interval)]
+    *groups, rest = tokens.split([*group_lengths, rest_length])
     outputs = []
-    for first in range(0, num_chunks, interval):
-        last = min(first + interval, num_chunks)
-        group = tokens.between(first * chunk_size, last * chunk_size).in_chunks(chunk_size)
-        if last - first > 1 and torch.is_grad_enabled():
+    for group in (group.in_chunks(chunk_size) for group in groups):
+        if group.k.shape[2] > 1 and torch.is_grad_enabled():
             y, now, momentum = checkpoint(_scan_chunks, group, now, momentum, rule, use_reentrant=False, preserve_rng_state=False)
         else:
             y, now, momentum = _scan_chunks(group, now, momentum, rule)
         outputs.append(y)
     start, start_momentum = now, momentum
-    rest = tokens.between(num_chunks * chunk_size, total)
-    if rest.k.shape[2]:
-        y, now, momentum = _scan_chunks(rest.in_chunks(rest.k.shape[2]), now, momentum, rule)
+    if rest_length:
+        y, now, momentum = _scan_chunks(rest.in_chunks(rest_length), now, momentum, rule)
         outputs.append(y)
     y = torch.cat(outputs, dim=2)[:, :, total - length :]
     return y.to(q.dtype), ScanState(now, momentum, start, start_momentum, OpenChunk(*rest[1:]))
@@ -118,9 +118,8 @@ def _scan_chunks(tokens: _Tokens, weights: list[Tensor], momentum: list[Tensor],
     step = effective_step(tokens.theta, tokens.eta, rule.write_rule)
     coefficients = chunk_coefficients(step, tokens.eta, tokens.alpha)
     outputs = []
-    for n in range(tokens.k.shape[2]):
-        q, k, v, theta = (x[:, :, n] for x in tokens[:4])
-        chunk = ChunkCoefficients(*(x[:, :, n] for x in coefficients))
+    for q, k, v, theta, *of_chunk in zip(*(x.unbind(2) for x in (*tokens[:4], *coefficients)), strict=True):
+        chunk = ChunkCoefficients(*of_chunk)
         raw = surprise(k, v, weights, rule.activation, rule.norm)
         write = scale_surprise(raw, theta, rule=rule.write_rule, max_norm=rule.max_inner_grad_norm)
         outputs.append(_read(q, weights, momentum, write, chunk, rule))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from titans_scale.config import ModelConfig
@@ -96,30 +97,24 @@ def _one_block(q_BHTD: Tensor, context: KeyValue, prefix: KeyValue, window: int,
 
 def _further_blocks(q_BHTD: Tensor, context: KeyValue, prefix: KeyValue, window: int, theta: float, first: int, past: int) -> Tensor:
     """Blocks of W queries after the first, each over its own W keys and the W before them: one call, one mask."""
-    batch, _, num_queries, _ = q_BHTD.shape
+    num_queries = q_BHTD.shape[2]
     rest = num_queries - first
     blocks = -(-rest // window)
     filling = blocks * window - rest
-    q = F.pad(q_BHTD[:, :, first:], (0, 0, 0, filling)).unflatten(2, (blocks, window))
     begin = past + first - window
 
-    def fold(x: Tensor) -> Tensor:
-        """(B, H, N, ..., D) -> (B * N, H, ..., D): a block is a row of the batch."""
-        return x.transpose(1, 2).flatten(0, 1)
-
-    def unfolded(x: Tensor) -> Tensor:
+    def overlapping(x: Tensor) -> Tensor:
+        """Each block's keys, a block being a row of the batch."""
         padded = F.pad(x[:, :, begin:], (0, 0, 0, filling))
-        return fold(padded.unfold(2, 2 * window, window).transpose(-1, -2))
+        return rearrange(padded.unfold(2, 2 * window, window), "b h n d s -> (b n) h s d")
 
-    def repeated(x: Tensor) -> Tensor:
-        return x.unsqueeze(1).expand(batch, blocks, *x.shape[1:]).flatten(0, 1)
-
-    queries = fold(q)
-    keys = KeyValue(rotate(unfolded(context.k), start=0, theta=theta), unfolded(context.v))
+    queries = rearrange(F.pad(q_BHTD[:, :, first:], (0, 0, 0, filling)), "b h (n t) d -> (b n) h t d", t=window)
+    keys = KeyValue(rotate(overlapping(context.k), start=0, theta=theta), overlapping(context.v))
     rotated = rotate(queries, start=window, theta=theta)
     mask_TS = _band(window, 2 * window, window, q_BHTD.device)
-    y = _attend(queries, rotated, keys, KeyValue(repeated(prefix.k), repeated(prefix.v)), mask_TS)
-    return y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :rest]
+    repeated = KeyValue(*(repeat(x, "b h p d -> (b n) h p d", n=blocks) for x in prefix))
+    y = _attend(queries, rotated, keys, repeated, mask_TS)
+    return rearrange(y, "(b n) h t d -> b h (n t) d", n=blocks)[:, :, :rest]
 
 
 def _band(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ Shape letters: B batch, T tokens, P persistent tokens, M model width, H heads, D
 
 import math
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -99,13 +100,12 @@ class MACBlock(Block):
         state = state or MACState(None, None, self.memory.fresh_weights(x.shape[0]), own.between(0, 0), own.between(0, 0))
         memory_q, query_tail = self.memory.queries(x, state.query_tail_BKI)
         state = state._replace(query_tail_BKI=query_tail)
-        outputs, begin, length = [], 0, x.shape[1]
-        while begin < length:
-            end = min(length, begin + self.config.segment_len - state.segment.k.shape[2])
-            piece = slice(begin, end)
-            output, state = self._mix_piece(x[:, piece], q[:, :, piece], own.between(begin, end), memory_q[:, :, piece], prefix, state)
+        lengths = pieces_up_to(x.shape[1], self.config.segment_len, begun=state.segment.k.shape[2])
+        outputs = []
+        for x_piece, *heads in zip(x.split(lengths, dim=1), *(y.split(lengths, dim=2) for y in (q, *own, memory_q)), strict=True):
+            q_piece, k_piece, v_piece, memory_q_piece = heads
+            output, state = self._mix_piece(x_piece, q_piece, KeyValue(k_piece, v_piece), memory_q_piece, prefix, state)
             outputs.append(output)
-            begin = end
         return x_BTM + torch.cat(outputs, dim=1), state
 
     def _mix_piece(
@@ -168,6 +168,12 @@ class LMMBlock(Block):
     def mix(self, x_BTM: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
         x_BTM, _, memory = remember(self, x_BTM, state)
         return x_BTM, memory
+
+
+def pieces_up_to(length: int, size: int, *, begun: int) -> list[int]:
+    """Lengths of the pieces that `length` tokens fall into on a grid of `size`, of whose first cell `begun` are past."""
+    bounds = [0, *range(size - begun, length, size), length]
+    return [end - begin for begin, end in pairwise(bounds)]
 
 
 def remember(block: Block, x_BTM: Tensor, state: MemoryState | None) -> tuple[Tensor, Tensor, MemoryState]:
