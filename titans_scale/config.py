@@ -48,8 +48,9 @@ class MemoryConfig:
     """Memory as x + LayerNorm(MLP(x)), the form of MIRAS and TTT, in place of the plain MLP."""
     write_rule: Literal["plain", "normalized"] = "normalized"
     """How theta and the surprise become a step. plain: the paper's rule, can blow up. normalized: bounded by the chunk's own curvature."""
-    max_step: float = 1.0
-    """Upper bound of theta; theta is max_step * sigmoid(a linear function of the token)."""
+    max_step: float = 0.1
+    """Upper bound of theta; theta is max_step * sigmoid(a linear function of the token). A deep memory at larger steps stays finite
+    but turns chaotic: gradients through thousands of tokens then explode (docs/memory.md)."""
     max_inner_grad_norm: float | None = None
     """Clip each token's surprise (the gradient of its inner loss) to this norm. null: no clip."""
     state_interval: int | None = None
@@ -152,6 +153,8 @@ class TrainingConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of parameters and activations in forward and backward; the optimizer keeps float32. auto: bfloat16 on a GPU,
     float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: a GPU for each rank where there are GPUs, else the CPU."""
     deterministic: bool = False
     """Ask torch for deterministic kernels on a GPU too (slower there; a CPU run repeats itself anyway)."""
 

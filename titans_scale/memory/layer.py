@@ -24,6 +24,8 @@ QK_NORM_EPS = 1e-6
 SLOWEST_FORGETTING, FASTEST_FORGETTING = 1e-4, 1e-2
 """Heads start with forgetting rates spread between these (half-lives of 7,000 to 70 tokens): some must reach past a training sequence."""
 INITIAL_MOMENTUM = 0.9
+INITIAL_STEP_SHARE = 0.2
+"""theta starts at this share of max_step: small steps first, while keys and values are still noise to the memory."""
 
 
 class MemoryState(NamedTuple):
@@ -200,8 +202,8 @@ class NeuralMemory(nn.Module):
         rules |= {"out_proj.weight": output, "out_norm": constant(1.0), "memory_scale": constant(1.0), "memory_shift": constant(0.0)}
         rules |= {f"{name}_conv": normal(1 / math.sqrt(kernel)) for name in ("q", "k", "v")}
         rules |= {
-            "theta_proj.bias": constant(0.0),
-            "eta_proj.bias": constant(math.log(INITIAL_MOMENTUM / (1 - INITIAL_MOMENTUM))),
+            "theta_proj.bias": constant(_logit(INITIAL_STEP_SHARE)),
+            "eta_proj.bias": constant(_logit(INITIAL_MOMENTUM)),
             "alpha_proj.bias": lambda shape, generator: torch.logit(spread),
         }
         rules |= {f"initial_weights.{i}": normal(1 / math.sqrt(w.shape[-1])) for i, w in enumerate(self.initial_weights)}
@@ -214,6 +216,10 @@ def normal(std: float) -> Initializer:
 
 def constant(value: float) -> Initializer:
     return lambda shape, generator: torch.full(shape, value, device="cpu")
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
 
 
 def _unit(x: Tensor) -> Tensor:

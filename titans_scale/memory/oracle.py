@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titans_scale.memory.mlp import LAYER_NORM_EPS, Activation, ResidualNorm
 from titans_scale.memory.state import OpenChunk, ScanState
-from titans_scale.memory.write_rule import CURVATURE_FACTOR, WriteRule
+from titans_scale.memory.write_rule import WriteRule, curvature_factor
 
 
 def memory_oracle(
@@ -59,7 +59,7 @@ def memory_oracle(
         step = theta[:, :, t]
         if write_rule == "normalized":
             chunk.append((gradient, error, step))
-            gradient = _scaled(gradient, _normalizer(chunk))
+            gradient = _scaled(gradient, _normalizer(chunk, curvature_factor(chunk_size)))
             step = step * (1 - eta[:, :, t])
         momentum = [eta[:, :, t, None, None] * s - step[..., None, None] * g for s, g in zip(momentum, gradient, strict=True)]
         now = [(1 - alpha[:, :, t, None, None]) * w + s for w, s in zip(now, momentum, strict=True)]
@@ -102,11 +102,11 @@ def _scaled(gradient: list[Tensor], factor_BH: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _normalizer(chunk: list[tuple[list[Tensor], Tensor, Tensor]]) -> Tensor:
+def _normalizer(chunk: list[tuple[list[Tensor], Tensor, Tensor]], factor: float) -> Tensor:
     """The factor of the chunk's newest token; see titans_scale.memory.write_rule."""
     newest, error, _ = chunk[-1]
     tiny = torch.finfo(error.dtype).tiny ** 0.5
     load = torch.zeros_like(error[..., 0])
     for gradient, other_error, step in chunk:
         load = load + step * _inner(newest, gradient).abs() / ((error.norm(dim=-1) + tiny) * (other_error.norm(dim=-1) + tiny))
-    return 1 / (CURVATURE_FACTOR * load).clamp(min=1.0)
+    return 1 / (factor * load).clamp(min=1.0)

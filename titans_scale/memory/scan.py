@@ -42,6 +42,7 @@ class _Tokens(NamedTuple):
 class _Rule(NamedTuple):
     activation: Activation
     write_rule: WriteRule
+    chunk_size: int
     norm: ResidualNorm | None
     max_inner_grad_norm: float | None
 
@@ -85,7 +86,7 @@ def memory_scan(
     batch_size, _, length, _ = q.shape
     dtype = _compute_dtype(q, k, v, theta, eta, alpha, *weights)
     tokens = _Tokens(*(x.to(dtype) for x in (q, k, v, theta, eta, alpha)))
-    rule = _Rule(activation, write_rule, norm and ResidualNorm(*(x.to(dtype) for x in norm)), max_inner_grad_norm)
+    rule = _Rule(activation, write_rule, chunk_size, norm and ResidualNorm(*(x.to(dtype) for x in norm)), max_inner_grad_norm)
     if state is None:
         now = initial_weights(weights, batch_size, dtype)
         momentum = [torch.zeros_like(weight) for weight in now]
@@ -121,7 +122,7 @@ def _scan_chunks(tokens: _Tokens, weights: list[Tensor], momentum: list[Tensor],
     for q, k, v, theta, *of_chunk in zip(*(x.unbind(2) for x in (*tokens[:4], *coefficients)), strict=True):
         chunk = ChunkCoefficients(*of_chunk)
         raw = surprise(k, v, weights, rule.activation, rule.norm)
-        write = scale_surprise(raw, theta, rule=rule.write_rule, max_norm=rule.max_inner_grad_norm)
+        write = scale_surprise(raw, theta, rule=rule.write_rule, chunk_size=rule.chunk_size, max_norm=rule.max_inner_grad_norm)
         outputs.append(_read(q, weights, momentum, write, chunk, rule))
         weights, momentum = _advance(weights, momentum, write, chunk)
     return torch.cat(outputs, dim=2), weights, momentum

@@ -79,7 +79,7 @@ class Block(nn.Module, ABC):
         rules |= {f"mlp.{name}.weight": normal(self.config.init_std) for name in ("gate", "up")}
         rules |= {f"attention.{name}_proj.weight": normal(self.config.init_std) for name in ("q", "k", "v")}
         rules |= {"mlp.down.weight": normal(small), "attention.out_proj.weight": normal(small)}
-        rules |= {"persistent": normal(1.0), "gate.y_norm.weight": constant(1 / math.sqrt(2 * self.config.num_layers))}
+        rules |= {"persistent": normal(1.0), "gate.y_norm.weight": constant(small)}
         return rules
 
 

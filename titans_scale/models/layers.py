@@ -48,8 +48,9 @@ class SwiGLU(nn.Module):
 class MemoryGate(nn.Module):
     """o = norm(y) (x) SiLU(norm(m)): both normalised with learnable vectors, then a non-linearity (section 4.2).
 
-    The vector on y starts at 1 / sqrt(2 * num_layers), as no projection follows that could start small: the outputs of all
-    blocks then add up to order one in the residual stream.
+    No projection follows that could start small, so the vector on y does: at init_std / sqrt(2 * num_layers), or the outputs of the
+    first blocks would drown the embeddings, which start at init_std. In a small MAC (4 layers of 128, 200 steps) the loss
+    came to 5.62 from a start at 0.35, 5.48 from 0.1, 5.27 from 0.03 and 5.21 from 0.01.
     """
 
     def __init__(self, config: ModelConfig) -> None:
