@@ -183,6 +183,12 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms, biases, gates' biases, persistent tokens and the memory's initial weights have none."""
 
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive")
+        _require(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 (none) or more")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas are {self.betas}; each must be at least 0 and below 1")
+
 
 @dataclass(kw_only=True)
 class LRSchedulerConfig:
@@ -419,11 +425,16 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 def _yaml_keys(file: Path) -> list[str]:
     _require(file.is_file(), f"configuration file {file} does not exist; the presets are in configs/")
     try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    _require(content is not None, f"{file} is empty; leave --config out to run with the defaults")
     _require(isinstance(content, Mapping), f"{file} holds a {type(content).__name__}; a configuration is a mapping of sections")
-    return [key for key, _ in _flatten(content)]
+    keys = [key for key, _ in _flatten(content)]
+    sections = {"model.memory", *(section.name for section in dataclasses.fields(TitansConfig))}
+    for key in keys:
+        _require(key not in sections, f"section {key!r} in {file} is no mapping; write its keys indented below it, or leave it out")
+    return keys
 
 
 def _option_names(arguments: Sequence[str]) -> list[str]:
