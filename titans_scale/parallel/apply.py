@@ -1,0 +1,110 @@
+"""From a model on the meta device to one that is sharded over the mesh and holds its initial values.
+
+The order matters and is the one order that composes: what replaces a layer's parameters first, then what wraps a block's
+computation, and the sharding, which has to see the final modules, last.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from titans_scale.config import ConfigError, TitansConfig
+from titans_scale.models import TitansLM
+from titans_scale.models.plans import fsdp_groups
+from titans_scale.parallel.materialize import materialize
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def parallelize(model: TitansLM, config: TitansConfig, mesh: DeviceMesh, device: torch.device) -> TitansLM:
+    """Shard a model in place and fill in its initial values; the same weights on any number of ranks.
+
+    Always `fully_shard`, on one rank too: then precision, gradient accumulation and checkpoints have one code path.
+
+    Args:
+        model: built under `torch.device("meta")`.   mesh: from `build_mesh`.   device: of this rank.
+    Returns:
+        The same model, its parameters DTensors on `device`.
+    Raises:
+        ConfigError: bfloat16 on a GPU that has none.
+    """
+    # Tensor parallelism comes first of all: it replaces parameters, and everything below wraps what it leaves.
+    if config.activation_checkpoint.mode == "full":
+        checkpoint_blocks(model)
+    if config.compile.enabled:
+        compile_blocks(model)
+    shard(
+        model,
+        mesh,
+        precision=resolve_precision(config.training.dtype, device),
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+    )
+    materialize(model, device, seed=config.training.seed)
+    return model
+
+
+def checkpoint_blocks(model: TitansLM) -> None:
+    """Keep a block's input only and recompute the rest in the backward pass. In place of `forward`, not around the module: names stay."""
+    for block in model.blocks:
+        block.forward = _recomputed(block.forward)
+
+
+def compile_blocks(model: TitansLM) -> None:
+    """Compile every block by itself: one graph serves all layers, and sharding can prefetch between them."""
+    for block in model.blocks:
+        block.compile()
+
+
+def shard(model: TitansLM, mesh: DeviceMesh, *, precision: Precision, reshard_after_forward: bool) -> None:
+    """`fully_shard` each group of the model's plan, then what is left, as the root.
+
+    Gradients are summed over ranks, not averaged: the loss is divided by the global number of target tokens already.
+    """
+    policy = MixedPrecisionPolicy()
+    if precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    groups = fsdp_groups(model)
+    for group in groups:
+        # The backward pass starts with the last group, so freeing it in between would only gather it twice; likewise the root.
+        fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward and group is not groups[-1])
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # A block's second output, its streaming state, holds views; nothing here writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules `fully_shard` was applied to, outermost first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters that a forward pass without a backward pass left; until then names lead to those, not to the shards."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def resolve_precision(dtype: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
+    """What "auto" means on this device, after checking that the device can do what is asked for."""
+    if dtype == "float32" or (dtype == "auto" and device.type == "cpu"):
+        return "float32"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"training.dtype is {dtype}, but {name} has no bfloat16; set training.dtype to float32")
+    return "bfloat16"
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recomputed(*arguments: Any) -> Any:  # a functools.partial of `checkpoint` would do, but torch.compile passes it over in silence
+        # No random number is drawn in a block, so there is no generator to wind back.
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return recomputed
