@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
-NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages"})
+NOT_TEXT_TO_LEARN = frozenset({"site-packages", "dist-packages", "encodings"})
+"""Not the library's own, and its character tables: a tenth of the bytes, and nothing in them to learn but the Unicode names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +82,9 @@ class TextFiles:
 
 
 def standard_library(*, include_tests: bool = False) -> TextFiles:
-    """The sources of Python's standard library, which every machine with Python has: about 12 MB, twice as much with its tests."""
+    """The sources of Python's standard library, which every machine with Python has: about 11 MB, twice as much with its tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = NOT_THE_LIBRARY if include_tests else NOT_THE_LIBRARY | TEST_FOLDERS
+    left_out = NOT_TEXT_TO_LEARN if include_tests else NOT_TEXT_TO_LEARN | TEST_FOLDERS
     return text_files(
         root, include=("*.py",), enter=lambda folder: folder.name not in left_out, label=f"python{sysconfig.get_python_version()}"
     )
