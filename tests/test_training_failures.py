@@ -72,8 +72,9 @@ def scenario(data, folder):
         if rank == 0:
             monkeypatch.setattr(JsonLines, "write", fail_with(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")))
         said["no room for metrics"] = sentence_of(Trainer(small_config(data, folder / "metrics", RUN)))
+        said["no room at the end"] = sentence_of(Trainer(small_config(data, folder / "last", {**RUN, "training.steps": 1})))
     own = shutil.copytree(data, folder / f"data of rank {rank}")
-    trainer = Trainer(small_config(own, folder / "data lost", RUN))
+    trainer = Trainer(small_config(own, folder / "data lost", {**RUN, "data.num_workers": 1}))
     if rank == 1:
         os.truncate(own / "train" / "000000.tar", 1)
     said["data lost"] = sentence_of(trainer)
@@ -110,7 +111,8 @@ def test_a_full_disk_on_one_rank_is_one_sentence_on_all_and_leaves_the_last_chec
 
 
 def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(said):
-    assert {of_rank["no room for metrics"] for of_rank in said} == {"No space left on device: metrics.jsonl"}
+    for when in ("no room for metrics", "no room at the end"):
+        assert {of_rank[when] for of_rank in said} == {"No space left on device: metrics.jsonl"}
 
 
 def test_data_that_cannot_be_read_on_one_rank_is_told_on_all(said):

@@ -8,6 +8,7 @@ Shape letters: B sequences of a micro-batch, T tokens of a sequence.
 """
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -231,8 +232,9 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     A worker obeys its trainer's SIGTERM alone. It must obey that one: a trainer that ends badly waits for the workers it terminates.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_end_when_the_trainer_says_so, args=(os.getppid(),), daemon=True).start()
+    trainer = multiprocessing.parent_process()  # not os.getppid(): under forkserver that is the server
+    if hasattr(signal, "sigwaitinfo") and trainer is not None:
+        threading.Thread(target=_end_when_the_trainer_says_so, args=(trainer.pid,), daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     else:  # macOS does not tell who sent a signal; torch's own handler there is the better half of it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -16,7 +16,7 @@ from titans_scale.data import Batch, TokenStream, open_split
 from titans_scale.memory import MemoryProbe
 from titans_scale.models import TitansLM
 from titans_scale.parallel import DistributedContext, Fsdp2Engine, build_mesh, mesh_sizes, parallelize
-from titans_scale.parallel.apply import reshard, resolve_precision
+from titans_scale.parallel.apply import Precision, reshard, resolve_precision
 from titans_scale.parallel.context import RunError, sentence_of
 from titans_scale.training.checkpoint import CheckpointManager, Counters
 from titans_scale.training.checks import check_global_batch, check_shards
@@ -75,7 +75,7 @@ class Trainer:
         config, context = self.config, self.context
         training = config.training
         self.sizes = mesh_sizes(config.parallelism, context.world_size)
-        self.precision = resolve_precision(training.dtype, context.device)
+        self.precision: Precision = resolve_precision(training.dtype, context.device)
         check_global_batch(config, context.world_size)
         with context.together():
             dataset = open_split(config.data.path, "train")
@@ -151,6 +151,7 @@ class Trainer:
                     self.log(report, result, extra)
                 if self._due(self.config.checkpoint.interval):
                     self.save(report)
+        self.context.raise_together(report.failure)
         report.say(f"done: step {self.step}, saved in {self.checkpoints.path()}")
 
     def next_global_batch(self, batches: Iterator[Batch], report: Reporter, signals: StopSignals) -> tuple[list[Batch], int, bool]:
