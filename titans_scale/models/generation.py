@@ -3,21 +3,26 @@
 Shape letters: B batch, T tokens, V vocabulary.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from titans_scale.models.model import TitansLM
 
 PREFILL_TOKENS = 2048
 """Tokens of a prompt that go through the model at once; bounds the memory that a long prompt takes."""
 
 
+class StreamingModel(Protocol):
+    """What sampling needs of a model: logits and the next state, from tokens and a state."""
+
+    def init_state(self, batch_size: int = 1) -> Any: ...
+
+    def __call__(self, tokens_BT: Tensor, state: Any = None) -> Any: ...
+
+
 @torch.inference_mode()
 def generate_tokens(
-    model: "TitansLM",
+    model: StreamingModel,
     prompt_BT: Tensor,
     *,
     max_new_tokens: int,
