@@ -1,11 +1,17 @@
 """Shared by all tests: one thread a process, and GPU tests skipped where there is none."""
 
 import os
+import signal
 
 import pytest
 
 # Before torch is imported anywhere: tests start processes of their own, and more threads than cores make each of them crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# A shell that starts a job in the background lets it ignore Ctrl-C, and every process below it too; tests send it to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=CONFIG, help="model and training (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, help="tokens of the tokenizer (default: model.vocab_size of the configuration)")
     parser.add_argument("--processes", type=int, help="processes of torchrun (default: one a GPU; on CPU two, or one on a single core)")
-    parser.add_argument("--max_minutes", type=float, default=6.0, help="fewer steps if training would take longer (default: %(default)s)")
+    parser.add_argument("--max_minutes", type=float, default=5.5, help="fewer steps if training would take longer (default: %(default)s)")
     parser.add_argument("--eval_bytes", type=int, default=400_000, help="held-out text to evaluate on at most (default: %(default)s)")
     options = parser.parse_args(arguments)
     workdir = options.workdir or default_workdir(options.corpus)

@@ -73,15 +73,22 @@ def _series(records: Records, key: str) -> tuple[list[int], list[float]]:
 
 def _plot_loss(ax: Axes, records: Records) -> None:
     steps, losses = _series(records, TRAIN_LOSS)
-    ax.plot(steps, losses, linewidth=1, alpha=0.8, label="training")
+    ax.plot(steps, losses, linewidth=1, alpha=0.35, color="tab:blue", label="training, single steps")
+    ax.plot(steps, _smoothed(losses), color="tab:blue", label="training, running mean")
     steps, losses = _series(records, VALIDATION_LOSS)
-    ax.plot(steps, losses, "o-", markersize=3, label="validation")
+    ax.plot(steps, losses, "o-", markersize=3, color="tab:orange", label="validation")
     _dress(ax, title="Loss", label="nats per token")
     steps, tokens = _series(records, TOKENS)
     if tokens and steps[-1] > 0:
         per_step = tokens[-1] / steps[-1] / 1e6
         above = ax.secondary_xaxis("top", functions=(lambda x: np.asarray(x) * per_step, lambda x: np.asarray(x) / per_step))
         above.set_xlabel("million tokens")
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Mean of the last tenth of the run at each point: single batches differ more than the curve falls."""
+    width = max(1, len(values) // 10)
+    return [float(np.mean(values[max(0, end - width) : end])) for end in range(1, len(values) + 1)]
 
 
 def _plot_optimizer(ax: Axes, records: Records) -> None:
