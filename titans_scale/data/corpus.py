@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from titans_scale.data.files import sha256_of_file, temporary_name, unfinished_file
-from titans_scale.data.sources import Document
+from titans_scale.data.sources import Document, text_of_line
 
 SPLITS: tuple[str, str] = ("train", "validation")
 
@@ -83,11 +83,8 @@ def read_corpus(file: str | Path, *, on_read: Callable[[int], object] | None = N
     _require_file(file)
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, TypeError, KeyError):
-                text = None
-            if not isinstance(text, str):
+            text = text_of_line(line)
+            if text is None:
                 raise ValueError(f'line {number} of {file} is not a JSON object with a "text"')
             yield text
             if on_read:

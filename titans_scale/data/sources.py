@@ -65,11 +65,8 @@ class TextFiles:
     def _lines(self, file: Path, name: str) -> Iterator[Document]:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, TypeError, KeyError):
-                    text = None
-                if isinstance(text, str):
+                text = text_of_line(line)
+                if text is not None:
                     yield Document(text=_without_surrogates(text), source=f"{name}:{number}")
                 else:
                     self.skipped['lines without a "text"'] += 1
@@ -79,6 +76,15 @@ class TextFiles:
             return True
         self.skipped["empty"] += 1
         return False
+
+
+def text_of_line(line: bytes) -> str | None:
+    """The "text" of a line of a .jsonl file; None where the line is no JSON object with one."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def standard_library(*, include_tests: bool = False) -> TextFiles:
