@@ -46,8 +46,13 @@ class MemoryConfig:
     """Length of the causal depthwise convolution after the q, k and v projections. 0: no convolution."""
     residual_norm: bool = False
     """Memory as x + LayerNorm(MLP(x)), the form of MIRAS and TTT, in place of the plain MLP."""
-    write_rule: Literal["plain", "normalized"] = "normalized"
-    """How theta and the surprise become a step. plain: the paper's rule, can blow up. normalized: bounded by the chunk's own curvature."""
+    write_rule: Literal["plain", "normalized", "online"] = "normalized"
+    """How theta and the surprise become a step. plain: the paper's rule, can blow up. normalized: bounded by the chunk's own curvature.
+    online: every surprise at the weights one token earlier, so that the rule does not depend on chunk_size (docs/memory.md)."""
+    passes: int = 1
+    """Passes over a chunk (online). More come closer to the token-by-token rule; chunk_size of them are exact."""
+    curvature_margin: float | None = 4.0
+    """How far a token's step stays below what its own curvature bears (online). null: no bound."""
     max_step: float = 0.1
     """Upper bound of theta; theta is max_step * sigmoid(a linear function of the token). A deep memory at larger steps stays finite
     but turns chaotic: gradients through thousands of tokens then explode (docs/memory.md)."""
@@ -68,6 +73,9 @@ class MemoryConfig:
         _require(self.max_step > 0, f"model.memory.max_step is {self.max_step}; it must be positive, or the memory never learns")
         clip = self.max_inner_grad_norm
         _require(clip is None or clip > 0, f"model.memory.max_inner_grad_norm is {clip}; it must be positive, or null for no clip")
+        _require(self.passes >= 1, f"model.memory.passes is {self.passes}; the online rule needs at least one")
+        margin = self.curvature_margin
+        _require(margin is None or margin > 0, f"model.memory.curvature_margin is {margin}; it must be positive, or null for no bound")
         every = self.state_interval
         _require(every is None or every >= 1, f"model.memory.state_interval is {every}; it must be at least 1, or null")
 
@@ -92,6 +100,9 @@ class ModelConfig:
     """Tokens of one segment (mac): attention is causal inside it, and the memory carries everything older."""
     window: int = 128
     """Tokens a token attends to, itself included (mag, mal)."""
+    attention_backend: Literal["auto", "flash", "flex", "sdpa"] = "auto"
+    """Kernels of attention. flash: FlashAttention, NVIDIA GPU and half precision. flex: torch's flex_attention, GPU. sdpa: portable.
+    auto: the first of these that runs."""
     num_persistent_tokens: int = 4
     """Learnable, input-independent tokens before the sequence (section 3.3). 0: none."""
     tie_embeddings: bool = True
@@ -146,6 +157,8 @@ class TrainingConfig:
     """Tokens of one optimizer step over all ranks; a multiple of sequence_length * micro_batch_size * ranks."""
     micro_batch_size: int = 4
     """Sequences a rank puts through the model at once; the rest of the batch is accumulated."""
+    max_logits_mib: int | None = 64
+    """Memory for logits, in MiB: the loss takes as many tokens through the head at once as fit. null: all of a micro-batch."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient's global norm to this. null: no clip (the norm is still reported)."""
     seed: int = 0
@@ -161,6 +174,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "global_batch_tokens", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        room = self.max_logits_mib
+        _require(room is None or room >= 1, f"training.max_logits_mib is {room}; it must be at least 1, or null to hold all logits at once")
         unit = self.sequence_length * self.micro_batch_size
         nearest = max(1, round(self.global_batch_tokens / unit)) * unit
         _require(
@@ -168,6 +183,11 @@ class TrainingConfig:
             f"training.global_batch_tokens {self.global_batch_tokens} is not a multiple of sequence_length {self.sequence_length}"
             f" * micro_batch_size {self.micro_batch_size} = {unit}; the nearest that is: {nearest}",
         )
+
+    @property
+    def logits_bytes(self) -> int | None:
+        """max_logits_mib in bytes."""
+        return None if self.max_logits_mib is None else self.max_logits_mib * 2**20
 
 
 @dataclass(kw_only=True)
@@ -241,8 +261,9 @@ class CompileConfig:
 class ActivationCheckpointConfig:
     """Recomputation of activations in the backward pass."""
 
-    mode: Literal["none", "full"] = "none"
-    """none: keep what autograd keeps (the scan recomputes by itself, see model.memory.state_interval). full: recompute each block."""
+    mode: Literal["none", "selective", "full"] = "none"
+    """none: keep what autograd keeps (the scan recomputes by itself, see model.memory.state_interval). selective: of each block keep
+    what matrix products, attention and the scan made, recompute the rest. full: keep each block's input, recompute the block."""
 
 
 @dataclass(kw_only=True)

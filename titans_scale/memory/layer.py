@@ -128,6 +128,8 @@ class NeuralMemory(nn.Module):
             write_rule=config.write_rule,
             norm=self.residual_norm(),
             max_inner_grad_norm=config.max_inner_grad_norm,
+            passes=config.passes,
+            curvature_margin=config.curvature_margin,
             state_interval=config.state_interval,
         )
 

@@ -29,10 +29,13 @@ def memory_oracle(
     norm: ResidualNorm | None = None,
     max_inner_grad_norm: float | None = None,
     state_interval: int | None = None,
+    passes: int = 1,
+    curvature_margin: float | None = 4.0,
 ) -> tuple[Tensor, ScanState]:
-    """Same arguments and results as `memory_scan`; `backend` and `state_interval` have nothing to choose here.
+    """Same arguments and results as `memory_scan`; `backend`, `state_interval` and `passes` have nothing to choose here.
 
-    Equations 13 and 14 of the paper, with the surprise at the weights of the chunk's start (section 3.2):
+    Equations 13 and 14 of the paper, with the surprise at the weights of the chunk's start (section 3.2), or, for the online rule,
+    at those one token earlier:
     S_t = eta_t S_{t-1} - theta_t g_t ;  M_t = (1 - alpha_t) M_{t-1} + S_t ;  y_t = M_t(q_t).
     """
     batch_size = q.shape[0]
@@ -52,15 +55,18 @@ def memory_oracle(
     for t in range(k.shape[2]):
         if t - begin == chunk_size:
             start, start_momentum, begin, chunk = now, momentum, t, []
-        gradient, error = _surprise(k[:, :, t], v[:, :, t], start, activation, norm)
+        raw, error = _surprise(k[:, :, t], v[:, :, t], now if write_rule == "online" else start, activation, norm)
+        gradient = raw
         if max_inner_grad_norm is not None:
-            length = torch.sqrt(_inner(gradient, gradient) + torch.finfo(k.dtype).tiny)
-            gradient = _scaled(gradient, (max_inner_grad_norm / length).clamp(max=1.0))
+            length = torch.sqrt(_inner(raw, raw) + torch.finfo(k.dtype).tiny)
+            gradient = _scaled(raw, (max_inner_grad_norm / length).clamp(max=1.0))
         step = theta[:, :, t]
         if write_rule == "normalized":
             chunk.append((gradient, error, step))
             gradient = _scaled(gradient, _normalizer(chunk, curvature_factor(chunk_size)))
             step = step * (1 - eta[:, :, t])
+        elif write_rule == "online" and curvature_margin is not None:
+            gradient = _scaled(gradient, _local_factor(raw, error, step, eta[:, :, t], curvature_margin))
         momentum = [eta[:, :, t, None, None] * s - step[..., None, None] * g for s, g in zip(momentum, gradient, strict=True)]
         now = [(1 - alpha[:, :, t, None, None]) * w + s for w, s in zip(now, momentum, strict=True)]
         if t >= past:
@@ -110,3 +116,11 @@ def _normalizer(chunk: list[tuple[list[Tensor], Tensor, Tensor]], factor: float)
     for gradient, other_error, step in chunk:
         load = load + step * _inner(newest, gradient).abs() / ((error.norm(dim=-1) + tiny) * (other_error.norm(dim=-1) + tiny))
     return 1 / (factor * load).clamp(min=1.0)
+
+
+@torch.no_grad()
+def _local_factor(gradient: list[Tensor], error: Tensor, step: Tensor, eta: Tensor, margin: float) -> Tensor:
+    """1 / max(1, margin step / (1 - eta) |g|^2 / |e|^2): the step in the long run against the token's curvature. Finite at eta = 1."""
+    finfo = torch.finfo(error.dtype)
+    curvature = _inner(gradient, gradient) / (error.square().sum(-1) + finfo.tiny)
+    return 1 / (margin * step / (1 - eta).clamp(min=finfo.eps) * curvature).clamp(min=1.0)

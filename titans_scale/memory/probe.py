@@ -58,7 +58,7 @@ class MemoryProbe:
             early = Gates(*(gate[:, :, :tail] for gate in gates))
             at_tail = memory.scan(k[:, :, :tail], k[:, :, :tail], v[:, :, :tail], early, scan)[1].weights
         wide_k, wide_v = k[:, :, tail:].to(at_tail[0].dtype), v[:, :, tail:].to(at_tail[0].dtype)
-        last = surprise(wide_k, wide_v, at_tail, memory.config.activation, memory.residual_norm())
+        last, _ = surprise(wide_k, wide_v, at_tail, memory.config.activation, memory.residual_norm())
         self._records.append(
             {
                 "inner_loss_before": (before - v).square().sum(-1).mean(),

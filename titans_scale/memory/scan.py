@@ -3,8 +3,7 @@
 Shape letters: B batch, H memory heads, T tokens, N chunks, C tokens of a chunk, D head dimension, O/I a layer's output and input width.
 Source: Titans (arXiv 2501.00663) section 3.2 for one layer; docs/memory.md derives it for momentum and any depth.
 
-Everything is plain matrix products under autograd, so it composes with activation checkpointing, torch.compile and FSDP2.
-The only sequential work is one step a chunk.
+The only sequential work is one step a chunk. titans_scale/memory/scan_op.py has the loop and its gradients, as one operator of torch.
 """
 
 import math
@@ -13,16 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from titans_scale.memory.coefficients import ChunkCoefficients, chunk_coefficients
-from titans_scale.memory.mlp import Activation, ResidualNorm, Surprise, activate, output_of, surprise
+from titans_scale.memory.mlp import Activation, ResidualNorm
+from titans_scale.memory.scan_op import Rule, scan_op
 from titans_scale.memory.state import OpenChunk, ScanState, initial_weights
-from titans_scale.memory.write_rule import WriteRule, effective_step, scale_surprise
+from titans_scale.memory.write_rule import WriteRule
 
 
 class _Tokens(NamedTuple):
-    """What the rule needs of each token: (B, H, ..., D) and (B, H, ...)."""
+    """What the rule needs of each token: (B, H, T, D) and (B, H, T)."""
 
     q: Tensor
     k: Tensor
@@ -30,21 +28,6 @@ class _Tokens(NamedTuple):
     theta: Tensor
     eta: Tensor
     alpha: Tensor
-
-    def split(self, lengths: list[int]) -> list["_Tokens"]:
-        """Consecutive pieces. One split, not many slices: the gradient of a slice is as long as the whole."""
-        return [_Tokens(*pieces) for pieces in zip(*(x.split(lengths, dim=2) for x in self), strict=True)]
-
-    def in_chunks(self, chunk_size: int) -> "_Tokens":
-        return _Tokens(*(x.unflatten(2, (-1, chunk_size)) for x in self))
-
-
-class _Rule(NamedTuple):
-    activation: Activation
-    write_rule: WriteRule
-    chunk_size: int
-    norm: ResidualNorm | None
-    max_inner_grad_norm: float | None
 
 
 def memory_scan(
@@ -63,6 +46,8 @@ def memory_scan(
     write_rule: WriteRule = "plain",
     norm: ResidualNorm | None = None,
     max_inner_grad_norm: float | None = None,
+    passes: int = 1,
+    curvature_margin: float | None = 4.0,
     state_interval: int | None = None,
 ) -> tuple[Tensor, ScanState]:
     """Write every token into its head's memory and read the memory as it stands right after (equations 13 to 16).
@@ -73,8 +58,9 @@ def memory_scan(
         state: what an earlier call returned; any cut of the tokens with the state handed on equals one pass.
         chunk_size: tokens whose surprise is taken at the same weights.   activation: between the layers, silu or gelu.
         backend: "torch", or "auto" for the fastest that runs here (torch is the only one so far).
-        write_rule: plain, or normalized (titans_scale/memory/write_rule.py).   norm: the memory is x + LayerNorm(MLP(x)).
-        max_inner_grad_norm: clip of every token's surprise.
+        write_rule: plain, normalized (titans_scale/memory/write_rule.py) or online (titans_scale/memory/online.py).
+        norm: the memory is x + LayerNorm(MLP(x)).   max_inner_grad_norm: clip of every token's surprise.
+        passes, curvature_margin: of the online rule: how often a chunk is gone through, and the bound of a token's own step (None: none).
         state_interval: chunks between two states kept for the backward pass, those between being recomputed; None: about the
             square root of the number of chunks; 1: keep all.
     Returns:
@@ -86,7 +72,8 @@ def memory_scan(
     batch_size, _, length, _ = q.shape
     dtype = _compute_dtype(q, k, v, theta, eta, alpha, *weights)
     tokens = _Tokens(*(x.to(dtype) for x in (q, k, v, theta, eta, alpha)))
-    rule = _Rule(activation, write_rule, chunk_size, norm and ResidualNorm(*(x.to(dtype) for x in norm)), max_inner_grad_norm)
+    scales = [x.to(dtype) for x in norm or ()]
+    rule = Rule(chunk_size, activation, write_rule, max_inner_grad_norm, passes, curvature_margin)
     if state is None:
         now = initial_weights(weights, batch_size, dtype)
         momentum = [torch.zeros_like(weight) for weight in now]
@@ -95,59 +82,38 @@ def memory_scan(
         tokens = _with_open_chunk(state.open_chunk, tokens)
 
     total = tokens.k.shape[2]
-    num_chunks, rest_length = divmod(total, chunk_size)
-    interval = state_interval or max(1, round(math.sqrt(num_chunks)))
-    group_lengths = [chunk_size * min(interval, num_chunks - first) for first in range(0, num_chunks, interval)]
-    *groups, rest = tokens.split([*group_lengths, rest_length])
+    states = [torch.cat(pair, dim=-2) for pair in zip(now, momentum, strict=True)]
+    rest_length = total % chunk_size
+    whole, rest = (_Tokens(*pieces) for pieces in zip(*(x.split([total - rest_length, rest_length], dim=2) for x in tokens), strict=True))
     outputs = []
-    for group in (group.in_chunks(chunk_size) for group in groups):
-        if group.k.shape[2] > 1 and torch.is_grad_enabled():
-            y, now, momentum = checkpoint(_scan_chunks, group, now, momentum, rule, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, now, momentum = _scan_chunks(group, now, momentum, rule)
+    if total > rest_length:
+        interval = state_interval or default_interval(total // chunk_size)
+        y, states = _scan(whole, states, scales, rule, chunk_size, interval)
         outputs.append(y)
-    start, start_momentum = now, momentum
+    start = states
     if rest_length:
-        y, now, momentum = _scan_chunks(rest.in_chunks(rest_length), now, momentum, rule)
+        y, states = _scan(rest, start, scales, rule, rest_length, 1)
         outputs.append(y)
     y = torch.cat(outputs, dim=2)[:, :, total - length :]
-    return y.to(q.dtype), ScanState(now, momentum, start, start_momentum, OpenChunk(*rest[1:]))
+    return y.to(q.dtype), ScanState(*_apart(states), *_apart(start), OpenChunk(*rest[1:]))
 
 
-def _scan_chunks(tokens: _Tokens, weights: list[Tensor], momentum: list[Tensor], rule: _Rule) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Scan chunks (B, H, N, C, ...); return y (B, H, N * C, D) and the weights and momentum after the last one."""
-    step = effective_step(tokens.theta, tokens.eta, rule.write_rule)
-    coefficients = chunk_coefficients(step, tokens.eta, tokens.alpha)
-    outputs = []
-    for q, k, v, theta, *of_chunk in zip(*(x.unbind(2) for x in (*tokens[:4], *coefficients)), strict=True):
-        chunk = ChunkCoefficients(*of_chunk)
-        raw = surprise(k, v, weights, rule.activation, rule.norm)
-        write = scale_surprise(raw, theta, rule=rule.write_rule, chunk_size=rule.chunk_size, max_norm=rule.max_inner_grad_norm)
-        outputs.append(_read(q, weights, momentum, write, chunk, rule))
-        weights, momentum = _advance(weights, momentum, write, chunk)
-    return torch.cat(outputs, dim=2), weights, momentum
+def default_interval(num_chunks: int) -> int:
+    """Chunks between two states kept: as many states are then alive at once in a group as there are groups."""
+    return max(1, round(math.sqrt(num_chunks)))
 
 
-def _read(q_BHCD: Tensor, weights: list[Tensor], momentum: list[Tensor], write: Surprise, chunk: ChunkCoefficients, rule: _Rule) -> Tensor:
-    """y_t = M_t(q_t): each layer is a product with the start state plus one masked product with the writes, as in linear attention."""
-    start, carry = chunk.start_C.unsqueeze(-1), chunk.carry_C.unsqueeze(-1)
-    z = q_BHCD
-    layers = zip(weights, momentum, write.features, write.deltas, strict=True)
-    for layer, (weight, velocity, feature, delta) in enumerate(layers):
-        x = activate(z, rule.activation) if layer else z
-        z = start * (x @ weight.mT) + carry * (x @ velocity.mT) - ((x @ feature.mT) * chunk.write_CC) @ delta
-    return output_of(q_BHCD, z, rule.norm)
+def _scan(tokens: _Tokens, states: list[Tensor], norm: list[Tensor], rule: Rule, length: int, interval: int) -> tuple[Tensor, list[Tensor]]:
+    """Tokens in chunks of `length`: y and the states after them."""
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *states, *norm))
+    y, *results = scan_op(*tokens, states, norm, *rule, length, interval, keep)
+    return y, results[: len(states)]
 
 
-def _advance(weights: list[Tensor], momentum: list[Tensor], write: Surprise, chunk: ChunkCoefficients) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and momentum after the chunk's last token."""
-    keep, carry, decay = (x[..., None, None] for x in (chunk.start_C[..., -1], chunk.carry_C[..., -1], chunk.momentum_decay))
-    into_weights, into_momentum = chunk.write_CC[..., -1, :].unsqueeze(-1), chunk.momentum_write_C.unsqueeze(-1)
-    new_weights, new_momentum = [], []
-    for weight, velocity, feature, delta in zip(weights, momentum, write.features, write.deltas, strict=True):
-        new_weights.append(keep * weight + carry * velocity - (into_weights * delta).mT @ feature)
-        new_momentum.append(decay * velocity - (into_momentum * delta).mT @ feature)
-    return new_weights, new_momentum
+def _apart(states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and momentum of each layer."""
+    weights, momentum = zip(*(state.chunk(2, dim=-2) for state in states), strict=True)
+    return list(weights), list(momentum)
 
 
 def _with_open_chunk(earlier: OpenChunk, tokens: _Tokens) -> _Tokens:

@@ -8,14 +8,14 @@ Shape letters: B batch, H memory heads, C tokens of a chunk.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titans_scale.memory.mlp import Surprise
 
-WriteRule = Literal["plain", "normalized"]
+WriteRule = Literal["plain", "normalized", "online"]
 
 
 def curvature_factor(chunk_size: int) -> float:
@@ -31,10 +31,26 @@ def curvature_factor(chunk_size: int) -> float:
 
 def effective_step(theta: Tensor, eta: Tensor, rule: WriteRule) -> Tensor:
     """Step size that enters the recurrence. `normalized` divides out momentum's amplification 1 / (1 - eta)."""
-    return theta if rule == "plain" else theta * (1 - eta)
+    return theta * (1 - eta) if rule == "normalized" else theta
 
 
-def scale_surprise(raw: Surprise, theta_BHC: Tensor, *, rule: WriteRule, chunk_size: int, max_norm: float | None) -> Surprise:
+def effective_step_vjp(grad: Tensor, theta: Tensor, eta: Tensor, rule: WriteRule) -> tuple[Tensor, Tensor]:
+    """Gradients of `effective_step` in theta and eta."""
+    if rule == "normalized":
+        return grad * (1 - eta), -grad * theta
+    return grad, torch.zeros_like(grad)
+
+
+class Scaling(NamedTuple):
+    """How a surprise was scaled: every token's factor, and of it the clip's part where there is a clip. None: by nothing."""
+
+    factor: Tensor | None
+    clip: Tensor | None
+
+
+def scale_surprise(
+    raw: Surprise, theta_BHC: Tensor, *, rule: WriteRule, chunk_size: int, max_norm: float | None
+) -> tuple[Surprise, Scaling]:
     """Surprise after the optional clip of each token's gradient norm and the rule's factor.
 
     Args:
@@ -42,13 +58,42 @@ def scale_surprise(raw: Surprise, theta_BHC: Tensor, *, rule: WriteRule, chunk_s
         chunk_size: of the rule; C may be smaller in a chunk that is still open.
         max_norm: clip of each token's gradient norm; None: no clip.
     """
-    scaled = raw
-    if max_norm is not None:
-        norm_BHC = torch.sqrt(raw.squared_norm() + torch.finfo(theta_BHC.dtype).tiny)
-        scaled = raw.scaled((max_norm / norm_BHC).clamp(max=1.0))
-    if rule == "normalized":
-        scaled = scaled.scaled(_normalizer(scaled, theta_BHC, chunk_size))
-    return scaled
+    clip = None if max_norm is None else clip_factor(raw, max_norm)
+    scaled = raw if clip is None else raw.scaled(clip)
+    if rule != "normalized":
+        return scaled, Scaling(clip, clip)
+    normalizer = _normalizer(scaled, theta_BHC, chunk_size)
+    return scaled.scaled(normalizer), Scaling(normalizer if clip is None else normalizer * clip, clip)
+
+
+def clip_factor(raw: Surprise, max_norm: float) -> Tensor:
+    """Of every token: 1, or what brings its gradient's norm down to max_norm."""
+    return (max_norm / torch.sqrt(raw.squared_norm() + _tiny(raw.error_BHTD))).clamp(max=1.0)
+
+
+def scale_surprise_vjp(grad_features: list[Tensor], grad_deltas: list[Tensor], raw: Surprise, scaling: Scaling) -> None:
+    """From gradients in the scaled surprise to those in the raw one, in place."""
+    if scaling.factor is None:
+        return
+    grad_scale = None
+    if scaling.clip is not None:
+        pairs = zip(grad_deltas, raw.deltas, strict=True)
+        grad_scale = torch.stack([(grad * delta).sum(-1) for grad, delta in pairs]).sum(0)
+    for grad in grad_deltas:
+        grad.mul_(scaling.factor.unsqueeze(-1))
+    if grad_scale is not None:
+        scale_vjp(grad_scale, grad_features, grad_deltas, raw, scaling)
+
+
+def scale_vjp(grad_scale: Tensor, grad_features: list[Tensor], grad_deltas: list[Tensor], raw: Surprise, scaling: Scaling) -> None:
+    """Adds the gradients of the tokens' factors. The rule's part is a constant, the clip is not: clip = max_norm / |g| where below 1."""
+    if scaling.clip is None or scaling.factor is None:
+        return
+    norm_squared = raw.squared_norm() + _tiny(raw.error_BHTD)
+    grad_norm_squared = torch.where(scaling.clip < 1, -0.5 * grad_scale * scaling.factor / norm_squared, 0.0)
+    for grad_feature, grad_delta, feature, delta in zip(grad_features, grad_deltas, raw.features, raw.deltas, strict=True):
+        grad_delta.addcmul_(delta, (2 * grad_norm_squared * feature.square().sum(-1)).unsqueeze(-1))
+        grad_feature.addcmul_(feature, (2 * grad_norm_squared * delta.square().sum(-1)).unsqueeze(-1))
 
 
 @torch.no_grad()
@@ -57,7 +102,11 @@ def _normalizer(surprise: Surprise, theta_BHC: Tensor, chunk_size: int) -> Tenso
 
     A constant to the outer gradient: it is a ratio of norms, whose derivative explodes as the error goes to zero.
     """
-    error_BHC = surprise.error_BHTD.norm(dim=-1) + torch.finfo(theta_BHC.dtype).tiny ** 0.5
+    error_BHC = surprise.error_BHTD.norm(dim=-1) + _tiny(theta_BHC) ** 0.5
     curvature_BHCC = surprise.gram().abs() / (error_BHC.unsqueeze(-1) * error_BHC.unsqueeze(-2))
     load_BHC = (curvature_BHCC.tril() @ theta_BHC.unsqueeze(-1)).squeeze(-1)
     return 1 / (curvature_factor(chunk_size) * load_BHC).clamp(min=1.0)
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny

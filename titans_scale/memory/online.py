@@ -1,0 +1,263 @@
+"""The `online` write rule over a chunk: every token's surprise at the weights one token earlier, a whole chunk at a time.
+
+A token's weights hang on the surprises of the chunk's tokens before it: a triangular system of equations, not a linear one. It is solved
+by passes over the chunk. After p of them the first p tokens are exact, and mostly a few do for all. What makes a pass go far: the last
+layer's equations are linear in its deltas and are solved at once (one pass is exact for a linear memory), and each layer uses what this
+pass has found already, so that only the deltas of the layers before the last come from the pass before.
+
+Shape letters: M memories (batch times heads), C tokens of a chunk, D head dimension, I/O a layer's input and output width. A state is
+weights on top of momentum, (M, 2O, I).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_scale.memory.coefficients import ChunkCoefficients
+from titans_scale.memory.mlp import (
+    Activated,
+    Activation,
+    ResidualNorm,
+    Surprise,
+    activate_with_slope,
+    error_and_delta,
+    error_and_delta_vjp,
+)
+from titans_scale.memory.write_rule import Scaling, clip_factor, scale_vjp
+
+
+class OnlineChunk(NamedTuple):
+    """What stays the same from pass to pass."""
+
+    k: Tensor
+    v: Tensor
+    states: list[Tensor]
+    earlier: ChunkCoefficients
+    """One token earlier: what a token sees before its own write."""
+    limit_C: Tensor | None
+    """curvature_margin theta / (1 - eta), from `step_limit`; None: no local factor."""
+    max_norm: float | None
+    activation: Activation
+    norm: ResidualNorm | None
+
+    def from_state(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's output as far as it comes from the state at the chunk's start, and its products with weights and momentum."""
+        both = torch.bmm(x, self.states[layer].mT)
+        weights, momentum = both.chunk(2, dim=-1)
+        start, carry = self.earlier.start_C.unsqueeze(-1), self.earlier.carry_C.unsqueeze(-1)
+        return (weights * start).addcmul_(momentum, carry), both
+
+    def as_pair(self, delta: Tensor) -> Tensor:
+        """A delta as it meets weights and momentum, (M, C, 2O)."""
+        pair = torch.stack((self.earlier.start_C, self.earlier.carry_C), dim=-1)
+        return (delta.unsqueeze(-2) * pair.unsqueeze(-1)).flatten(-2)
+
+
+class Pass(NamedTuple):
+    """What a pass finds, with what its gradients need."""
+
+    surprise: Surprise
+    """Not scaled."""
+    scaling: Scaling
+    """How much of each token's surprise is written, after the clip and the local factor."""
+    used: Tensor | None
+    """The scale that this pass took for the writes: of the pass before, or a guess."""
+    write_CC: Tensor
+    """The coefficients with that scale."""
+    hidden: list[Activated]
+    both: list[Tensor]
+    """Every layer's products with weights and momentum."""
+    grams: list[Tensor]
+    """<feature_t, feature_s>, every layer."""
+    unsloped: list[Tensor]
+    start: tuple[Tensor, Tensor, Tensor] | None
+    """With a norm, in the first pass: z, error and delta of the last layer before its own writes."""
+    z: Tensor
+
+
+class OnlineGrads(NamedTuple):
+    """What `online_surprise_vjp` adds to."""
+
+    k: Tensor
+    v: Tensor
+    states: list[Tensor]
+    earlier: ChunkCoefficients
+    norm: ResidualNorm | None
+
+
+@torch.no_grad()
+def step_limit(theta: Tensor, eta: Tensor, margin: float | None) -> Tensor | None:
+    """margin theta / (1 - eta): what a write comes to with all that momentum makes of it. At eta = 1, 1 - eta counts as epsilon."""
+    return None if margin is None else margin * theta / (1 - eta).clamp(min=torch.finfo(eta.dtype).eps)
+
+
+def online_surprise(chunk: OnlineChunk, passes: int) -> list[Pass]:
+    """All passes; the last has the surprise to write and to read with, once scaled.
+
+    The local factor is r_t = 1 / max(1, limit_t |g_t|^2 / |e_t|^2), g the gradient before the clip and e the error. It is a constant
+    to the outer gradient: a ratio of norms, whose derivative explodes as the error goes to zero.
+    """
+    made: list[Pass] = []
+    for _ in range(passes):
+        made.append(_one_pass(chunk, made[-1] if made else None))
+    return made
+
+
+def online_surprise_vjp(
+    grad_features: list[Tensor], grad_deltas: list[Tensor], chunk: OnlineChunk, passes: list[Pass], grads: OnlineGrads
+) -> None:
+    """Adds to `grads`, from gradients in the last pass's features and deltas, not scaled; both are overwritten."""
+    for made, before in zip(reversed(passes), [*reversed(passes[:-1]), None], strict=True):
+        grad_deltas, grad_scale = _one_pass_vjp(grad_features, grad_deltas, chunk, made, before, grads)
+        if before is not None:
+            grad_features = [torch.zeros_like(x) for x in before.surprise.features]
+            scale_vjp(grad_scale, grad_features, grad_deltas, before.surprise, before.scaling)
+
+
+def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
+    """One pass. The first goes without the chunk's own writes in all layers but the last: there is no guess of their deltas yet."""
+    used = before.scaling.factor if before else None
+    write_CC = _columns(chunk.earlier.write_CC, used)
+    last = len(chunk.states) - 1
+    features, hidden, both, grams = [chunk.k], [], [], []
+    for layer in range(last + 1):
+        z, products = chunk.from_state(features[layer], layer)
+        both.append(products)
+        grams.append(torch.bmm(features[layer], features[layer].mT))
+        if layer < last:
+            if before:
+                z.baddbmm_(grams[layer] * write_CC, before.surprise.deltas[layer], alpha=-1)
+            hidden.append(activate_with_slope(z, chunk.activation))
+            features.append(hidden[-1].value)
+    if before is None:
+        used = _first_scale(chunk, features, hidden, z)
+        write_CC = _columns(write_CC, used)
+    seen_CC = grams[last] * write_CC
+    start = None
+    if chunk.norm is None:
+        error = delta = _solve(seen_CC, 2 * (z - chunk.v))
+    else:
+        start = (z, *error_and_delta(chunk.k, chunk.v, z, chunk.norm)) if before is None else None
+        delta_before = start[2] if start else before.surprise.deltas[last]  # type: ignore[union-attr]
+        z = torch.baddbmm(z, seen_CC, delta_before, alpha=-1)
+        error, delta = error_and_delta(chunk.k, chunk.v, z, chunk.norm)
+    deltas = [delta]
+    unsloped: list[Tensor] = []
+    for layer in range(last, 0, -1):
+        grad = torch.bmm(chunk.as_pair(deltas[0]), chunk.states[layer])
+        unsloped.insert(0, grad.baddbmm_(torch.bmm(deltas[0], deltas[0].mT).mul_(write_CC), features[layer], alpha=-1))
+        deltas.insert(0, unsloped[0] * hidden[layer - 1].slope)
+    surprise = Surprise(features, deltas, error)
+    return Pass(surprise, _scaling(chunk, surprise), used, write_CC, hidden, both, grams, unsloped, start, z)
+
+
+def _one_pass_vjp(
+    grad_features: list[Tensor], grad_deltas: list[Tensor], chunk: OnlineChunk, made: Pass, before: Pass | None, grads: OnlineGrads
+) -> tuple[list[Tensor], Tensor]:
+    """Adds to `grads`; returns the gradients in the deltas and in the scale of the pass before."""
+    last = len(chunk.states) - 1
+    features, deltas, error = made.surprise
+    grad_before = [torch.zeros_like(delta) for delta in deltas]
+    grad_write = torch.zeros_like(made.write_CC)
+    grad_slopes = []
+    for layer in range(1, last + 1):  # the chain of deltas ran from the last layer down
+        grad_slopes.append(grad_deltas[layer - 1] * made.unsloped[layer - 1])
+        grad = grad_deltas[layer - 1].mul_(made.hidden[layer - 1].slope)
+        _from_pair_vjp(grad, deltas[layer], layer, chunk, grads, grad_deltas[layer])
+        gram = torch.bmm(deltas[layer], deltas[layer].mT)
+        grad_features[layer].baddbmm_((gram * made.write_CC).mT, grad, alpha=-1)
+        grad_seen = torch.bmm(grad, features[layer].mT).neg_()
+        _gram_vjp(grad_seen, gram, deltas[layer], made.write_CC, grad_write, grad_deltas[layer])
+
+    seen_CC = made.grams[last] * made.write_CC
+    if chunk.norm is None or grads.norm is None:
+        grad_right = _solve_transposed(seen_CC, grad_deltas[last])
+        grads.v.sub_(grad_right, alpha=2)
+        grad_z = 2 * grad_right
+        grad_seen = torch.bmm(grad_right, error.mT).mul_(-2)
+    else:
+        grad_z = error_and_delta_vjp(grad_deltas[last], error, made.z, chunk.norm, grads.norm, grads.k, grads.v)
+        delta_before = made.start[2] if made.start else before.surprise.deltas[last]  # type: ignore[union-attr]
+        grad_seen = torch.bmm(grad_z, delta_before.mT).neg_()
+        grad_delta_before = torch.bmm(seen_CC.mT, grad_z).neg_()
+        if made.start:
+            z, start_error, _ = made.start
+            grad_z = grad_z + error_and_delta_vjp(grad_delta_before, start_error, z, chunk.norm, grads.norm, grads.k, grads.v)
+        else:
+            grad_before[last] = grad_delta_before
+    _gram_vjp(grad_seen, made.grams[last], features[last], made.write_CC, grad_write, grad_features[last])
+    for layer in range(last, -1, -1):
+        _from_state_vjp(grad_z, features[layer], made.both[layer], layer, chunk, grads, grad_features[layer])
+        if layer == 0:
+            break
+        activated = made.hidden[layer - 1]
+        grad_z = torch.addcmul(grad_features[layer].mul_(activated.slope), grad_slopes[layer - 1], activated.curvature())
+        if before:
+            grad_before[layer - 1] = torch.bmm((made.grams[layer - 1] * made.write_CC).mT, grad_z).neg_()
+            grad_seen = torch.bmm(grad_z, before.surprise.deltas[layer - 1].mT).neg_()
+            _gram_vjp(grad_seen, made.grams[layer - 1], features[layer - 1], made.write_CC, grad_write, grad_features[layer - 1])
+    grads.k.add_(grad_features[0])
+    grads.earlier.write_CC.add_(_columns(grad_write, made.used))
+    return grad_before, (grad_write * chunk.earlier.write_CC).sum(-2)
+
+
+def _from_state_vjp(grad_z: Tensor, x: Tensor, both: Tensor, layer: int, chunk: OnlineChunk, grads: OnlineGrads, grad_x: Tensor) -> None:
+    weights, momentum = both.chunk(2, dim=-1)
+    grads.earlier.start_C.add_((grad_z * weights).sum(-1))
+    grads.earlier.carry_C.add_((grad_z * momentum).sum(-1))
+    pair = chunk.as_pair(grad_z)
+    grad_x.baddbmm_(pair, chunk.states[layer])
+    grads.states[layer].baddbmm_(pair.mT, x)
+
+
+def _from_pair_vjp(grad: Tensor, delta: Tensor, layer: int, chunk: OnlineChunk, grads: OnlineGrads, grad_delta: Tensor) -> None:
+    weights, momentum = torch.bmm(grad, chunk.states[layer].mT).chunk(2, dim=-1)
+    grad_delta.addcmul_(weights, chunk.earlier.start_C.unsqueeze(-1)).addcmul_(momentum, chunk.earlier.carry_C.unsqueeze(-1))
+    grads.earlier.start_C.add_((weights * delta).sum(-1))
+    grads.earlier.carry_C.add_((momentum * delta).sum(-1))
+    grads.states[layer].baddbmm_(chunk.as_pair(delta).mT, grad)
+
+
+def _gram_vjp(grad_seen: Tensor, gram: Tensor, x: Tensor, write_CC: Tensor, grad_write: Tensor, grad_x: Tensor) -> None:
+    """Of seen = (x x') * write. `grad_seen` is overwritten."""
+    grad_write.addcmul_(grad_seen, gram)
+    grad_gram = grad_seen.mul_(write_CC)
+    grad_x.baddbmm_(grad_gram + grad_gram.mT, x)
+
+
+def _columns(matrix_CC: Tensor, scale_C: Tensor | None) -> Tensor:
+    return matrix_CC if scale_C is None else matrix_CC * scale_C.unsqueeze(-2)
+
+
+def _solve(seen_CC: Tensor, right: Tensor) -> Tensor:
+    """x with x + 2 seen x = right, seen strictly lower triangular. The solver takes the diagonal as ones, whatever is there."""
+    return torch.linalg.solve_triangular(2 * seen_CC, right, upper=False, unitriangular=True)
+
+
+def _solve_transposed(seen_CC: Tensor, right: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular((2 * seen_CC).mT, right, upper=True, unitriangular=True)
+
+
+def _scaling(chunk: OnlineChunk, surprise: Surprise) -> Scaling:
+    clip = None if chunk.max_norm is None else clip_factor(surprise, chunk.max_norm)
+    if chunk.limit_C is None:
+        return Scaling(clip, clip)
+    tiny = torch.finfo(chunk.limit_C.dtype).tiny
+    local = 1 / (chunk.limit_C * surprise.squared_norm() / (surprise.error_BHTD.square().sum(-1) + tiny)).clamp(min=1.0)
+    return Scaling(local if clip is None else local * clip, clip)
+
+
+def _first_scale(chunk: OnlineChunk, features: list[Tensor], hidden: list[Activated], z_last: Tensor) -> Tensor | None:
+    """The first pass has no deltas yet: the scale with those at the chunk's start weights. A guess, so a constant to the outer gradient.
+
+    For a linear memory the local factor is exact: its curvature is |k|^2, whatever the error.
+    """
+    if chunk.limit_C is None and chunk.max_norm is None:
+        return None
+    error, delta = error_and_delta(chunk.k, chunk.v, z_last, chunk.norm)
+    deltas = [delta]
+    for state, activated in zip(reversed(chunk.states[1:]), reversed(hidden), strict=True):
+        weights, _ = state.chunk(2, dim=-2)
+        deltas.insert(0, torch.bmm(deltas[0], weights) * activated.slope)
+    return _scaling(chunk, Surprise(features, deltas, error)).factor

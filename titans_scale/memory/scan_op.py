@@ -1,0 +1,425 @@
+"""The scan of whole chunks as one operator of torch, with a backward pass written by hand.
+
+An operator, not a graph of small ones: torch.compile, activation checkpointing and FSDP2 see one node, however many chunks there are.
+The forward pass keeps the state before every group of chunks and, of the reads, the layers' outputs; the backward pass runs a group's
+writes again from its state, then goes through its chunks in reverse.
+
+Shape letters: B batch, H memory heads, T tokens, G chunks of a group, M memories (B * H), C tokens of a chunk, D head dimension, I/O a
+layer's input and output width. A state is weights on top of momentum, (B, H, 2O, I).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise, repeat
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from titans_scale.memory.chunk import advance, advance_vjp, read, read_vjp
+from titans_scale.memory.coefficients import (
+    ChunkCoefficients,
+    CoefficientsTape,
+    chunk_coefficients,
+    coefficients_vjp,
+    one_token_earlier,
+    one_token_earlier_vjp,
+)
+from titans_scale.memory.mlp import Activation, ResidualNorm, Surprise, SurpriseTape, surprise, surprise_vjp
+from titans_scale.memory.online import OnlineChunk, OnlineGrads, Pass, online_surprise, online_surprise_vjp, step_limit
+from titans_scale.memory.write_rule import (
+    Scaling,
+    WriteRule,
+    effective_step,
+    effective_step_vjp,
+    scale_surprise,
+    scale_surprise_vjp,
+)
+
+READ_AT_ONCE = 8
+"""Chunks whose reads are one batch: more would fall out of a CPU's cache, fewer leave a GPU waiting."""
+
+
+class Rule(NamedTuple):
+    """Options of the scan that are not tensors. The chunk size is the rule's; an open chunk is shorter."""
+
+    chunk_size: int
+    activation: Activation
+    write_rule: WriteRule
+    max_norm: float | None
+    passes: int
+    margin: float | None
+
+
+class _Tokens(NamedTuple):
+    """A group's tokens by chunk: (G, M, C, D) and (G, M, C)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    theta: Tensor
+    eta: Tensor
+    alpha: Tensor
+
+
+class _Write(NamedTuple):
+    """A chunk's write, with what its gradients need."""
+
+    raw: Surprise
+    tape: SurpriseTape | tuple[OnlineChunk, list[Pass]]
+    scaling: Scaling
+    scaled: Surprise
+    left: list[Tensor]
+
+
+class _Group(NamedTuple):
+    """Chunks whose writes have been run."""
+
+    tokens: _Tokens
+    chunks: ChunkCoefficients
+    tape: CoefficientsTape
+    states: list[Tensor]
+    """Before each chunk and after the last, (G + 1, M, 2O, I) a layer."""
+    writes: list[_Write]
+
+    def reads(self) -> list["_Reads"]:
+        """The group's reads, some chunks at a time: they need no order."""
+        slices = []
+        for first in range(0, len(self.writes), READ_AT_ONCE):
+            last = min(first + READ_AT_ONCE, len(self.writes))
+            writes = [write.scaled for write in self.writes[first:last]]
+            features, deltas = ([torch.cat(xs) for xs in zip(*lists, strict=True)] for lists in zip(*(w[:2] for w in writes), strict=True))
+            states = [x[first:last].flatten(0, 1) for x in self.states]
+            slices.append(
+                _Reads(first, last, self.tokens.q[first:last].flatten(0, 1), states, features, deltas, _flat(self.chunks, first, last))
+            )
+        return slices
+
+
+class _Reads(NamedTuple):
+    """Chunks first..last of a group, all in one leading dimension."""
+
+    first: int
+    last: int
+    q: Tensor
+    states: list[Tensor]
+    features: list[Tensor]
+    deltas: list[Tensor]
+    chunks: ChunkCoefficients
+
+
+def scan_chunks(
+    tokens: Sequence[Tensor], states: list[Tensor], norm: ResidualNorm | None, rule: Rule, length: int, interval: int, keep: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Scan T tokens in chunks of `length`, which divides T.
+
+    Args:
+        tokens: q, k, v (B, H, T, D), theta, eta, alpha (B, H, T).   states: before the first token.   keep: for a backward pass.
+    Returns:
+        y (B, H, T, D), the states after the last token, and what `scan_chunks_vjp` needs: the state of every layer before each
+        group of `interval` chunks, (groups, M, 2O, I), and the layers' outputs while reading, (T / length, M, C, O).
+    """
+    q = tokens[0]
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
+    now = [state.flatten(0, 1) for state in states]
+    kept = empty_kept(q, states, norm, length, interval) if keep else []
+    before, outputs = kept[: len(states)], kept[len(states) :]
+    norm = _for_each_memory(norm, q)
+    for number, (begin, end) in enumerate(_groups(q.shape[2], length, interval)):
+        for whole, state in zip(before, now, strict=False):
+            whole[number] = state
+        group = _write_group(_Tokens(*(_loaded(x, begin, end, length) for x in tokens)), now, norm, rule)
+        y_group = _by_chunk(y, begin, end, length)
+        for reads in group.reads():
+            first, last = reads.first, reads.last
+            of_reads, layers = read(*reads[2:], rule.activation, _repeated(norm, last - first))
+            y_group[first:last] = of_reads.unflatten(0, (last - first, *q.shape[:2]))
+            for whole, layer in zip(outputs, layers, strict=False):
+                whole[begin // length + first : begin // length + last] = layer.unflatten(0, (last - first, -1))
+        now = [state[-1] for state in group.states]
+    return y, [state.unflatten(0, q.shape[:2]).clone() for state in now], kept
+
+
+def empty_kept(q: Tensor, states: list[Tensor], norm: ResidualNorm | None, length: int, interval: int) -> list[Tensor]:
+    """Room for what the backward pass needs of the forward pass."""
+    batch_size, heads, total, _ = q.shape
+    chunks = total // length
+    before = [state.new_empty(-(-chunks // interval), batch_size * heads, *state.shape[2:]) for state in states]
+    widths = [state.shape[2] // 2 for state in states[: None if norm else -1]]
+    return before + [q.new_empty(chunks, batch_size * heads, length, width) for width in widths]
+
+
+def scan_chunks_vjp(
+    grad_y: Tensor,
+    grad_after: list[Tensor],
+    tokens: Sequence[Tensor],
+    kept: list[Tensor],
+    norm: ResidualNorm | None,
+    rule: Rule,
+    length: int,
+    interval: int,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of `scan_chunks` in the tokens, in the states before the first, and in the norm's scale and shift if there is one."""
+    q = tokens[0]
+    before, outputs = kept[: len(grad_after)], kept[len(grad_after) :]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
+    grad_now = [grad.flatten(0, 1) for grad in grad_after]
+    wide_norm = _for_each_memory(norm, q)
+    grad_norm = wide_norm and ResidualNorm(*(torch.zeros_like(x) for x in wide_norm))
+    for number, (begin, end) in reversed(list(enumerate(_groups(q.shape[2], length, interval)))):
+        group = _write_group(
+            _Tokens(*(_loaded(x, begin, end, length) for x in tokens)), [state[number] for state in before], wide_norm, rule
+        )
+        of_group = [x[begin // length : end // length] for x in outputs]
+        of_y = _loaded(grad_y, begin, end, length)
+        grad_tokens, grad_now = _group_vjp(of_y, grad_now, group, of_group, wide_norm, rule, grad_norm)
+        for whole, grad in zip(grads, grad_tokens, strict=True):
+            _by_chunk(whole, begin, end, length).copy_(grad.unflatten(1, q.shape[:2]))
+    grad_states = [grad.unflatten(0, q.shape[:2]).clone() for grad in grad_now]
+    return grads, grad_states, [x.unflatten(0, q.shape[:2]).sum(0) for x in grad_norm or ()]
+
+
+def _write_group(tokens: _Tokens, states: list[Tensor], norm: ResidualNorm | None, rule: Rule) -> _Group:
+    """Run the writes: one step a chunk, the only sequential part."""
+    step = effective_step(tokens.theta, tokens.eta, rule.write_rule)
+    chunks, of_coefficients = chunk_coefficients(step, tokens.eta, tokens.alpha)
+    along = [state.new_empty(len(tokens.k) + 1, *state.shape) for state in states]
+    for whole, state in zip(along, states, strict=True):
+        whole[0] = state
+    earlier = _one_by_one(one_token_earlier(chunks)) if rule.write_rule == "online" else repeat(None)
+    limits = step_limit(tokens.theta, tokens.eta, rule.margin)
+    steps = zip(
+        tokens.k.unbind(),
+        tokens.v.unbind(),
+        tokens.theta.unbind(),
+        _one_by_one(chunks),
+        earlier,
+        repeat(None) if limits is None else limits.unbind(),
+        pairwise(_layers(along)),
+        strict=False,
+    )
+    writes = []
+    tape: SurpriseTape | tuple[OnlineChunk, list[Pass]]
+    for k, v, theta, chunk, chunk_earlier, limit, (now, after) in steps:
+        if chunk_earlier is None:
+            raw, tape = surprise(k, v, _weights(now), rule.activation, norm)
+            scaled, scaling = scale_surprise(raw, theta, rule=rule.write_rule, chunk_size=rule.chunk_size, max_norm=rule.max_norm)
+        else:
+            online = OnlineChunk(k, v, now, chunk_earlier, limit, rule.max_norm, rule.activation, norm)
+            passes = online_surprise(online, rule.passes)
+            raw, scaling = passes[-1].surprise, passes[-1].scaling
+            scaled = raw if scaling.factor is None else raw.scaled(scaling.factor)
+            tape = online, passes
+        writes.append(_Write(raw, tape, scaling, scaled, advance(now, scaled, chunk, after)))
+    return _Group(tokens, chunks, of_coefficients, along, writes)
+
+
+def _group_vjp(
+    grad_y: Tensor,
+    grad_after: list[Tensor],
+    group: _Group,
+    outputs: list[Tensor],
+    norm: ResidualNorm | None,
+    rule: Rule,
+    grad_norm: ResidualNorm | None,
+) -> tuple[_Tokens, list[Tensor]]:
+    """Gradients in the group's tokens and in the state before it."""
+    tokens, chunks = group.tokens, _one_by_one(group.chunks)
+    grad_coefficients = ChunkCoefficients(*(torch.zeros_like(x) for x in group.chunks))
+    grad_of_earlier = ChunkCoefficients(*(torch.zeros_like(x) for x in group.chunks))
+    grad_chunks, grad_earlier = _one_by_one(grad_coefficients), _one_by_one(grad_of_earlier)
+    before = _layers(group.states)
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in tokens[:3])
+    for reads in reversed(group.reads()):
+        first, last = reads.first, reads.last
+        of_reads, *of_writes = read_vjp(
+            grad_y[first:last].flatten(0, 1),
+            reads.q,
+            [x[first:last].flatten(0, 1) for x in outputs],
+            *reads[3:],
+            rule.activation,
+            _repeated(norm, last - first),
+            _flat(grad_coefficients, first, last),
+            grad_norm,
+        )
+        grad_q[first:last] = of_reads.unflatten(0, (last - first, -1))
+        by_chunk = [_layers([x.unflatten(0, (last - first, -1)) for x in layers]) for layers in of_writes]
+        for i in range(last - 1, first - 1, -1):
+            grad_states, grad_features, grad_deltas = (x[i - first] for x in by_chunk)
+            states, write = before[i], group.writes[i]
+            advance_vjp(grad_after, states, write.scaled, write.left, chunks[i], grad_states, grad_features, grad_deltas, grad_chunks[i])
+            scale_surprise_vjp(grad_features, grad_deltas, write.raw, write.scaling)
+            if isinstance(write.tape, SurpriseTape):
+                of_states = _weights(grad_states)
+                surprise_vjp(
+                    grad_features, grad_deltas, write.raw, write.tape, _weights(states), norm, of_states, grad_norm, grad_k[i], grad_v[i]
+                )
+            else:
+                grads = OnlineGrads(grad_k[i], grad_v[i], grad_states, grad_earlier[i], grad_norm)
+                online_surprise_vjp(grad_features, grad_deltas, *write.tape, grads)
+            grad_after = grad_states
+    one_token_earlier_vjp(grad_of_earlier, grad_coefficients)
+    grad_step, grad_eta, grad_alpha = coefficients_vjp(grad_coefficients, group.chunks, group.tape)
+    grad_theta, of_step = effective_step_vjp(grad_step, tokens.theta, tokens.eta, rule.write_rule)
+    return _Tokens(grad_q, grad_k, grad_v, grad_theta, grad_eta + of_step, grad_alpha), grad_after
+
+
+def _groups(total: int, length: int, interval: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + interval * length, total)) for begin in range(0, total, interval * length)]
+
+
+def _by_chunk(x: Tensor, begin: int, end: int, length: int) -> Tensor:
+    """A view of (B, H, T, ...) as (G, B, H, C, ...)."""
+    return x[:, :, begin:end].unflatten(2, (-1, length)).movedim(2, 0)
+
+
+def _loaded(x: Tensor, begin: int, end: int, length: int) -> Tensor:
+    """A copy as (G, M, C, ...)."""
+    return _by_chunk(x, begin, end, length).flatten(1, 2).contiguous()
+
+
+def _one_by_one(chunks: ChunkCoefficients) -> list[ChunkCoefficients]:
+    return [ChunkCoefficients(*of_chunk) for of_chunk in zip(*(x.unbind() for x in chunks), strict=True)]
+
+
+def _layers(xs: list[Tensor]) -> list[list[Tensor]]:
+    """Of every chunk, its layers."""
+    return [list(layers) for layers in zip(*(x.unbind() for x in xs), strict=True)]
+
+
+def _flat(chunks: ChunkCoefficients, first: int, last: int) -> ChunkCoefficients:
+    return ChunkCoefficients(*(x[first:last].flatten(0, 1) for x in chunks))
+
+
+def _weights(states: list[Tensor]) -> list[Tensor]:
+    return [state[:, : state.shape[1] // 2] for state in states]
+
+
+def _for_each_memory(norm: ResidualNorm | None, q: Tensor) -> ResidualNorm | None:
+    return norm and ResidualNorm(*(x.repeat(q.shape[0], 1) for x in norm))
+
+
+def _repeated(norm: ResidualNorm | None, times: int) -> ResidualNorm | None:
+    return norm and ResidualNorm(*(x.repeat(times, 1) for x in norm))
+
+
+@torch.library.custom_op("titans_scale::memory_scan", mutates_args=())
+def scan_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    states: list[Tensor],
+    norm: list[Tensor],
+    chunk_size: int,
+    activation: str,
+    write_rule: str,
+    max_norm: float | None,
+    passes: int,
+    margin: float | None,
+    length: int,
+    interval: int,
+    keep: bool,
+) -> list[Tensor]:
+    """`scan_chunks` as an operator; norm is empty or [scale, shift]. Returns y, the states, then what is kept if `keep`."""
+    rule = Rule(chunk_size, cast(Activation, activation), cast(WriteRule, write_rule), max_norm, passes, margin)
+    y, after, kept = scan_chunks((q, k, v, theta, eta, alpha), states, _residual_norm(norm), rule, length, interval, keep)
+    return [y, *after, *kept]
+
+
+@scan_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    states: list[Tensor],
+    norm: list[Tensor],
+    chunk_size: int,
+    activation: str,
+    write_rule: str,
+    max_norm: float | None,
+    passes: int,
+    margin: float | None,
+    length: int,
+    interval: int,
+    keep: bool,
+) -> list[Tensor]:
+    kept = empty_kept(q, states, _residual_norm(norm), length, interval) if keep else []
+    return [_new(q), *(_new(state) for state in states), *kept]
+
+
+@torch.library.custom_op("titans_scale::memory_scan_vjp", mutates_args=())
+def scan_vjp_op(
+    grad_y: Tensor,
+    grad_after: list[Tensor],
+    tokens: list[Tensor],
+    kept: list[Tensor],
+    norm: list[Tensor],
+    chunk_size: int,
+    activation: str,
+    write_rule: str,
+    max_norm: float | None,
+    passes: int,
+    margin: float | None,
+    length: int,
+    interval: int,
+) -> list[Tensor]:
+    """`scan_chunks_vjp` as an operator. Returns the gradients of tokens, states and norm, in this order."""
+    rule = Rule(chunk_size, cast(Activation, activation), cast(WriteRule, write_rule), max_norm, passes, margin)
+    of_tokens, of_states, of_norm = scan_chunks_vjp(grad_y, grad_after, tokens, kept, _residual_norm(norm), rule, length, interval)
+    return [*of_tokens, *of_states, *of_norm]
+
+
+@scan_vjp_op.register_fake
+def _(
+    grad_y: Tensor,
+    grad_after: list[Tensor],
+    tokens: list[Tensor],
+    kept: list[Tensor],
+    norm: list[Tensor],
+    chunk_size: int,
+    activation: str,
+    write_rule: str,
+    max_norm: float | None,
+    passes: int,
+    margin: float | None,
+    length: int,
+    interval: int,
+) -> list[Tensor]:
+    return [_new(x) for x in (*tokens, *grad_after, *norm)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tokens, states, norm, chunk_size, activation, write_rule, max_norm, passes, margin, length, interval, _ = inputs
+    ctx.options = (chunk_size, activation, write_rule, max_norm, passes, margin, length, interval)
+    ctx.layers, ctx.norms = len(states), len(norm)
+    ctx.state_shapes = [state.shape for state in states]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tokens, *norm, *output[1 + len(states) :])
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    tokens, norm, kept = saved[:6], saved[6 : 6 + ctx.norms], saved[6 + ctx.norms :]
+    grad_y, *grad_after = grads[: 1 + ctx.layers]
+    of_states = [
+        tokens[0].new_zeros(shape) if grad is None else grad.contiguous() for grad, shape in zip(grad_after, ctx.state_shapes, strict=True)
+    ]
+    grad_y = torch.zeros_like(tokens[0]) if grad_y is None else grad_y
+    made = scan_vjp_op(grad_y, of_states, list(tokens), list(kept), list(norm), *ctx.options)
+    return (*made[:6], made[6 : 6 + ctx.layers], made[6 + ctx.layers :], *(None,) * 9)
+
+
+scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _residual_norm(norm: list[Tensor]) -> ResidualNorm | None:
+    return ResidualNorm(*norm) if norm else None
+
+
+def _new(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
