@@ -61,15 +61,19 @@ class Pass(NamedTuple):
     """Not scaled."""
     scaling: Scaling
     """How much of each token's surprise is written, after the clip and the local factor."""
+    hidden_CC: Tensor
+    """The coefficients with the scale of the pass before, for the layers before the last."""
     used: Tensor | None
-    """The scale that this pass took for the writes: of the pass before, or a guess."""
+    """The scale that the last layer and the deltas took for the writes: of the pass before, held to this pass's features; or a guess."""
     write_CC: Tensor
     """The coefficients with that scale."""
     hidden: list[Activated]
     both: list[Tensor]
     """Every layer's products with weights and momentum."""
     grams: list[Tensor]
-    """<feature_t, feature_s>, every layer."""
+    """<feature_t, feature_s>, every layer; in the first pass the last layer alone."""
+    delta_grams: list[Tensor]
+    """<delta_t, delta_s>, every layer but the first."""
     unsloped: list[Tensor]
     start: tuple[Tensor, Tensor, Tensor] | None
     """With a norm, in the first pass: z, error and delta of the last layer before its own writes."""
@@ -118,22 +122,23 @@ def online_surprise_vjp(
 def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
     """One pass. The first goes without the chunk's own writes in all layers but the last: there is no guess of their deltas yet."""
     used = before.scaling.factor if before else None
-    write_CC = _columns(chunk.earlier.write_CC, used)
+    hidden_CC = _columns(chunk.earlier.write_CC, used)
     last = len(chunk.states) - 1
-    features, hidden, both, grams = [chunk.k], [], [], []
+    features, hidden, both = [chunk.k], [], []
+    grams: list[Tensor] = []
     for layer in range(last + 1):
         z, products = chunk.from_state(features[layer], layer)
         both.append(products)
-        grams.append(torch.bmm(features[layer], features[layer].mT))
+        if before or layer == last:
+            grams.append(torch.bmm(features[layer], features[layer].mT))
         if layer < last:
             if before:
-                z.baddbmm_(grams[layer] * write_CC, before.surprise.deltas[layer], alpha=-1)
+                z.baddbmm_(grams[layer] * hidden_CC, before.surprise.deltas[layer], alpha=-1)
             hidden.append(activate_with_slope(z, chunk.activation))
             features.append(hidden[-1].value)
-    if before is None:
-        used = _first_scale(chunk, features, hidden, z)
-        write_CC = _columns(write_CC, used)
-    seen_CC = grams[last] * write_CC
+    used = _held_to(features[last], chunk, used) if before else _first_scale(chunk, features, hidden, z)
+    write_CC = _columns(chunk.earlier.write_CC, used)
+    seen_CC = grams[-1] * write_CC
     start = None
     if chunk.norm is None:
         error = delta = _solve(seen_CC, 2 * (z - chunk.v))
@@ -144,12 +149,19 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
         error, delta = error_and_delta(chunk.k, chunk.v, z, chunk.norm)
     deltas = [delta]
     unsloped: list[Tensor] = []
+    delta_grams: list[Tensor] = []
     for layer in range(last, 0, -1):
         grad = torch.bmm(chunk.as_pair(deltas[0]), chunk.states[layer])
-        unsloped.insert(0, grad.baddbmm_(torch.bmm(deltas[0], deltas[0].mT).mul_(write_CC), features[layer], alpha=-1))
+        delta_grams.insert(0, torch.bmm(deltas[0], deltas[0].mT))
+        unsloped.insert(0, grad.baddbmm_(delta_grams[0] * write_CC, features[layer], alpha=-1))
         deltas.insert(0, unsloped[0] * hidden[layer - 1].slope)
     surprise = Surprise(features, deltas, error)
-    return Pass(surprise, _scaling(chunk, surprise), used, write_CC, hidden, both, grams, unsloped, start, z)
+    scaling = Scaling(None, None)
+    if chunk.limit_C is not None or chunk.max_norm is not None:
+        squared_norm = surprise.squared_norm()
+        clip = None if chunk.max_norm is None else clip_factor(squared_norm, chunk.max_norm)
+        scaling = _scaling(chunk, squared_norm, error, clip)
+    return Pass(surprise, scaling, hidden_CC, used, write_CC, hidden, both, grams, delta_grams, unsloped, start, z)
 
 
 def _one_pass_vjp(
@@ -158,19 +170,19 @@ def _one_pass_vjp(
     """Adds to `grads`; returns the gradients in the deltas and in the scale of the pass before."""
     last = len(chunk.states) - 1
     features, deltas, error = made.surprise
-    grad_before = [torch.zeros_like(delta) for delta in deltas]
-    grad_write = torch.zeros_like(made.write_CC)
+    grad_before = [torch.zeros_like(delta) for delta in deltas] if before else []
+    grad_hidden, grad_write = torch.zeros_like(made.write_CC), torch.zeros_like(made.write_CC)
     grad_slopes = []
     for layer in range(1, last + 1):  # the chain of deltas ran from the last layer down
         grad_slopes.append(grad_deltas[layer - 1] * made.unsloped[layer - 1])
         grad = grad_deltas[layer - 1].mul_(made.hidden[layer - 1].slope)
         _from_pair_vjp(grad, deltas[layer], layer, chunk, grads, grad_deltas[layer])
-        gram = torch.bmm(deltas[layer], deltas[layer].mT)
+        gram = made.delta_grams[layer - 1]
         grad_features[layer].baddbmm_((gram * made.write_CC).mT, grad, alpha=-1)
         grad_seen = torch.bmm(grad, features[layer].mT).neg_()
         _gram_vjp(grad_seen, gram, deltas[layer], made.write_CC, grad_write, grad_deltas[layer])
 
-    seen_CC = made.grams[last] * made.write_CC
+    seen_CC = made.grams[-1] * made.write_CC
     if chunk.norm is None or grads.norm is None:
         grad_right = _solve_transposed(seen_CC, grad_deltas[last])
         grads.v.sub_(grad_right, alpha=2)
@@ -186,7 +198,7 @@ def _one_pass_vjp(
             grad_z = grad_z + error_and_delta_vjp(grad_delta_before, start_error, z, chunk.norm, grads.norm, grads.k, grads.v)
         else:
             grad_before[last] = grad_delta_before
-    _gram_vjp(grad_seen, made.grams[last], features[last], made.write_CC, grad_write, grad_features[last])
+    _gram_vjp(grad_seen, made.grams[-1], features[last], made.write_CC, grad_write, grad_features[last])
     for layer in range(last, -1, -1):
         _from_state_vjp(grad_z, features[layer], made.both[layer], layer, chunk, grads, grad_features[layer])
         if layer == 0:
@@ -194,12 +206,19 @@ def _one_pass_vjp(
         activated = made.hidden[layer - 1]
         grad_z = torch.addcmul(grad_features[layer].mul_(activated.slope), grad_slopes[layer - 1], activated.curvature())
         if before:
-            grad_before[layer - 1] = torch.bmm((made.grams[layer - 1] * made.write_CC).mT, grad_z).neg_()
+            grad_before[layer - 1] = torch.bmm((made.grams[layer - 1] * made.hidden_CC).mT, grad_z).neg_()
             grad_seen = torch.bmm(grad_z, before.surprise.deltas[layer - 1].mT).neg_()
-            _gram_vjp(grad_seen, made.grams[layer - 1], features[layer - 1], made.write_CC, grad_write, grad_features[layer - 1])
+            _gram_vjp(grad_seen, made.grams[layer - 1], features[layer - 1], made.hidden_CC, grad_hidden, grad_features[layer - 1])
     grads.k.add_(grad_features[0])
     grads.earlier.write_CC.add_(_columns(grad_write, made.used))
-    return grad_before, (grad_write * chunk.earlier.write_CC).sum(-2)
+    grad_scale = (grad_write * chunk.earlier.write_CC).sum(-2)
+    if before and made.used is not None and before.scaling.factor is not None:
+        grads.earlier.write_CC.add_(_columns(grad_hidden, before.scaling.factor))
+        grad_scale = torch.where(made.used == before.scaling.factor, grad_scale, 0.0)  # where held, it is a constant
+        grad_scale += (grad_hidden * chunk.earlier.write_CC).sum(-2)
+    elif before:
+        grads.earlier.write_CC.add_(grad_hidden)
+    return grad_before, grad_scale
 
 
 def _from_state_vjp(grad_z: Tensor, x: Tensor, both: Tensor, layer: int, chunk: OnlineChunk, grads: OnlineGrads, grad_x: Tensor) -> None:
@@ -239,25 +258,40 @@ def _solve_transposed(seen_CC: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular((2 * seen_CC).mT, right, upper=True, unitriangular=True)
 
 
-def _scaling(chunk: OnlineChunk, surprise: Surprise) -> Scaling:
-    clip = None if chunk.max_norm is None else clip_factor(surprise, chunk.max_norm)
+def _scaling(chunk: OnlineChunk, squared_norm: Tensor, error: Tensor, clip: Tensor | None) -> Scaling:
+    """The clip, times the local factor."""
     if chunk.limit_C is None:
         return Scaling(clip, clip)
-    tiny = torch.finfo(chunk.limit_C.dtype).tiny
-    local = 1 / (chunk.limit_C * surprise.squared_norm() / (surprise.error_BHTD.square().sum(-1) + tiny)).clamp(min=1.0)
+    tiny = torch.finfo(error.dtype).tiny
+    local = 1 / (chunk.limit_C * squared_norm / (error.square().sum(-1) + tiny)).clamp(min=1.0)
     return Scaling(local if clip is None else local * clip, clip)
 
 
-def _first_scale(chunk: OnlineChunk, features: list[Tensor], hidden: list[Activated], z_last: Tensor) -> Tensor | None:
-    """The first pass has no deltas yet: the scale with those at the chunk's start weights. A guess, so a constant to the outer gradient.
+def _held_to(x_last: Tensor, chunk: OnlineChunk, used: Tensor | None) -> Tensor | None:
+    """A later pass's scale: that of the pass before, but no more than this pass's own features bear in the last layer.
 
-    For a linear memory the local factor is exact: its curvature is |k|^2, whatever the error.
+    Where features grow from pass to pass, the scale of the pass before is too large for them, and the solve would blow up.
+    """
+    if used is None or chunk.limit_C is None:
+        return used
+    return torch.minimum(used, 1 / (chunk.limit_C * x_last.square().sum(-1)).clamp(min=1.0))
+
+
+def _first_scale(chunk: OnlineChunk, features: list[Tensor], hidden: list[Activated], z_last: Tensor) -> Tensor | None:
+    """The first pass has no deltas yet: a guess from the errors before the chunk's own writes, a constant to the outer gradient.
+
+    How long the deltas of the layers before the last will be is taken as for errors of no particular direction: a mean over
+    the weights' columns in place of a product with them. For a linear memory the local factor is exact: its curvature is |k|^2.
     """
     if chunk.limit_C is None and chunk.max_norm is None:
         return None
     error, delta = error_and_delta(chunk.k, chunk.v, z_last, chunk.norm)
-    deltas = [delta]
-    for state, activated in zip(reversed(chunk.states[1:]), reversed(hidden), strict=True):
-        weights, _ = state.chunk(2, dim=-2)
-        deltas.insert(0, torch.bmm(deltas[0], weights) * activated.slope)
-    return _scaling(chunk, Surprise(features, deltas, error)).factor
+    delta_squared = delta.square().sum(-1)
+    squared_norm = features[-1].square().sum(-1) * delta_squared
+    for layer in range(len(hidden), 0, -1):
+        weights, _ = chunk.states[layer].chunk(2, dim=-2)
+        gain = (hidden[layer - 1].slope.square() * weights.square().mean(-2, keepdim=True)).sum(-1)
+        delta_squared = delta_squared * gain
+        squared_norm = squared_norm + features[layer - 1].square().sum(-1) * delta_squared
+    clip = None if chunk.max_norm is None else clip_factor(squared_norm, chunk.max_norm)
+    return _scaling(chunk, squared_norm, error, clip).factor

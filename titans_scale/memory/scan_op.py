@@ -35,7 +35,7 @@ from titans_scale.memory.write_rule import (
     scale_surprise_vjp,
 )
 
-READ_AT_ONCE = 8
+READ_AT_ONCE = 4
 """Chunks whose reads are one batch: more would fall out of a CPU's cache, fewer leave a GPU waiting."""
 
 

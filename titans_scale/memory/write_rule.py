@@ -58,7 +58,7 @@ def scale_surprise(
         chunk_size: of the rule; C may be smaller in a chunk that is still open.
         max_norm: clip of each token's gradient norm; None: no clip.
     """
-    clip = None if max_norm is None else clip_factor(raw, max_norm)
+    clip = None if max_norm is None else clip_factor(raw.squared_norm(), max_norm)
     scaled = raw if clip is None else raw.scaled(clip)
     if rule != "normalized":
         return scaled, Scaling(clip, clip)
@@ -66,9 +66,9 @@ def scale_surprise(
     return scaled.scaled(normalizer), Scaling(normalizer if clip is None else normalizer * clip, clip)
 
 
-def clip_factor(raw: Surprise, max_norm: float) -> Tensor:
+def clip_factor(squared_norm: Tensor, max_norm: float) -> Tensor:
     """Of every token: 1, or what brings its gradient's norm down to max_norm."""
-    return (max_norm / torch.sqrt(raw.squared_norm() + _tiny(raw.error_BHTD))).clamp(max=1.0)
+    return (max_norm / torch.sqrt(squared_norm + _tiny(squared_norm))).clamp(max=1.0)
 
 
 def scale_surprise_vjp(grad_features: list[Tensor], grad_deltas: list[Tensor], raw: Surprise, scaling: Scaling) -> None:
