@@ -11,6 +11,7 @@ ON_TWO_RANKS = {
     "many micro-batches, parameters kept": {"training.micro_batch_size": 1, "parallelism.reshard_after_forward": "false"},
     "replicas": {"parallelism.data_parallel_replicate": 2},
     "recomputed, read by workers": {"activation_checkpoint.mode": "full", "data.num_workers": 1},
+    "recomputed in part, all logits at once": {"activation_checkpoint.mode": "selective", "training.max_logits_mib": "null"},
     "untied": {"model.tie_embeddings": "false"},
 }
 ON_ONE_RANK = {

@@ -11,10 +11,11 @@ from training_runs import small_config
 from titans_scale import TitansLM
 from titans_scale.config import LRSchedulerConfig
 from titans_scale.data import Batch
+from titans_scale.models.loss import cross_entropy_sum
 from titans_scale.parallel.context import sentence_of
 from titans_scale.training import throughput
 from titans_scale.training.checkpoint_folder import CheckpointFolder, seal
-from titans_scale.training.loss import count_targets, cross_entropy_sum
+from titans_scale.training.loss import count_targets
 from titans_scale.training.metrics import JsonLines, drop_records_after, log_line
 from titans_scale.training.optimizer import build_optimizer
 from titans_scale.training.schedule import learning_rate_factor

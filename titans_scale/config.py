@@ -157,7 +157,7 @@ class TrainingConfig:
     """Tokens of one optimizer step over all ranks; a multiple of sequence_length * micro_batch_size * ranks."""
     micro_batch_size: int = 4
     """Sequences a rank puts through the model at once; the rest of the batch is accumulated."""
-    max_logits_mib: int | None = 64
+    max_logits_mib: int | None = 16
     """Memory for logits, in MiB: the loss takes as many tokens through the head at once as fit. null: all of a micro-batch."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient's global norm to this. null: no clip (the norm is still reported)."""

@@ -54,6 +54,15 @@ class OnlineChunk(NamedTuple):
         return (delta.unsqueeze(-2) * pair.unsqueeze(-1)).flatten(-2)
 
 
+class Writes(NamedTuple):
+    """The chunk's writes as one layer of a pass sees them."""
+
+    scale: Tensor | None
+    """Of every token: the pass before's, held to what this pass has found; or a guess."""
+    write_CC: Tensor
+    """The coefficients of the state one token earlier, with that scale."""
+
+
 class Pass(NamedTuple):
     """What a pass finds, with what its gradients need."""
 
@@ -61,12 +70,10 @@ class Pass(NamedTuple):
     """Not scaled."""
     scaling: Scaling
     """How much of each token's surprise is written, after the clip and the local factor."""
-    hidden_CC: Tensor
-    """The coefficients with the scale of the pass before, for the layers before the last."""
-    used: Tensor | None
-    """The scale that the last layer and the deltas took for the writes: of the pass before, held to this pass's features; or a guess."""
-    write_CC: Tensor
-    """The coefficients with that scale."""
+    forward: list[Writes]
+    """Of every layer on the way to the output; in the first pass of the last layer alone."""
+    backward: list[Writes]
+    """Of every layer but the first on the way of the deltas."""
     hidden: list[Activated]
     both: list[Tensor]
     """Every layer's products with weights and momentum."""
@@ -121,11 +128,11 @@ def online_surprise_vjp(
 
 def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
     """One pass. The first goes without the chunk's own writes in all layers but the last: there is no guess of their deltas yet."""
-    used = before.scaling.factor if before else None
-    hidden_CC = _columns(chunk.earlier.write_CC, used)
+    scale = before.scaling.factor if before else None
     last = len(chunk.states) - 1
     features, hidden, both = [chunk.k], [], []
     grams: list[Tensor] = []
+    forward: list[Writes] = []
     for layer in range(last + 1):
         z, products = chunk.from_state(features[layer], layer)
         both.append(products)
@@ -133,12 +140,14 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
             grams.append(torch.bmm(features[layer], features[layer].mT))
         if layer < last:
             if before:
-                z.baddbmm_(grams[layer] * hidden_CC, before.surprise.deltas[layer], alpha=-1)
+                size = _squared_norm(features[layer], before.surprise.deltas[layer])
+                forward.append(_writes(chunk, _held(scale, chunk, size, before.surprise.error_BHTD)))
+                z.baddbmm_(grams[layer] * forward[layer].write_CC, before.surprise.deltas[layer], alpha=-1)
             hidden.append(activate_with_slope(z, chunk.activation))
             features.append(hidden[-1].value)
-    used = _held_to(features[last], chunk, used) if before else _first_scale(chunk, features, hidden, z)
-    write_CC = _columns(chunk.earlier.write_CC, used)
-    seen_CC = grams[-1] * write_CC
+    scale = _held_to_feature(scale, chunk, features[last]) if before else _first_scale(chunk, features, hidden, z)
+    forward.append(_writes(chunk, scale))
+    seen_CC = grams[-1] * forward[-1].write_CC
     start = None
     if chunk.norm is None:
         error = delta = _solve(seen_CC, 2 * (z - chunk.v))
@@ -150,18 +159,19 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
     deltas = [delta]
     unsloped: list[Tensor] = []
     delta_grams: list[Tensor] = []
+    backward: list[Writes] = []
+    size = _squared_norm(features[last], delta)
     for layer in range(last, 0, -1):
+        scale = _held(scale, chunk, size, error)
+        backward.insert(0, _writes(chunk, scale))
         grad = torch.bmm(chunk.as_pair(deltas[0]), chunk.states[layer])
         delta_grams.insert(0, torch.bmm(deltas[0], deltas[0].mT))
-        unsloped.insert(0, grad.baddbmm_(delta_grams[0] * write_CC, features[layer], alpha=-1))
+        unsloped.insert(0, grad.baddbmm_(delta_grams[0] * backward[0].write_CC, features[layer], alpha=-1))
         deltas.insert(0, unsloped[0] * hidden[layer - 1].slope)
-    surprise = Surprise(features, deltas, error)
-    scaling = Scaling(None, None)
-    if chunk.limit_C is not None or chunk.max_norm is not None:
-        squared_norm = surprise.squared_norm()
-        clip = None if chunk.max_norm is None else clip_factor(squared_norm, chunk.max_norm)
-        scaling = _scaling(chunk, squared_norm, error, clip)
-    return Pass(surprise, scaling, hidden_CC, used, write_CC, hidden, both, grams, delta_grams, unsloped, start, z)
+        size = size + _squared_norm(features[layer - 1], deltas[0])
+    clip = None if chunk.max_norm is None else clip_factor(size, chunk.max_norm)
+    scaling = _scaling(chunk, size, error, clip)
+    return Pass(Surprise(features, deltas, error), scaling, forward, backward, hidden, both, grams, delta_grams, unsloped, start, z)
 
 
 def _one_pass_vjp(
@@ -171,18 +181,28 @@ def _one_pass_vjp(
     last = len(chunk.states) - 1
     features, deltas, error = made.surprise
     grad_before = [torch.zeros_like(delta) for delta in deltas] if before else []
-    grad_hidden, grad_write = torch.zeros_like(made.write_CC), torch.zeros_like(made.write_CC)
+    guess = before.scaling.factor if before else None
+    grad_scale = torch.zeros_like(error[..., 0])
     grad_slopes = []
+
+    def seen_vjp(grad_seen: Tensor, gram: Tensor, x: Tensor, writes: Writes, grad_x: Tensor) -> None:
+        """Of seen = (x x') * write. `grad_seen` is overwritten."""
+        grad_write = grad_seen * gram
+        grads.earlier.write_CC.add_(_columns(grad_write, writes.scale))
+        if guess is not None and writes.scale is not None:  # where a scale is held, it is a constant
+            grad_scale.add_(torch.where(writes.scale == guess, (grad_write * chunk.earlier.write_CC).sum(-2), 0.0))
+        grad_gram = grad_seen.mul_(writes.write_CC)
+        grad_x.baddbmm_(grad_gram + grad_gram.mT, x)
+
     for layer in range(1, last + 1):  # the chain of deltas ran from the last layer down
         grad_slopes.append(grad_deltas[layer - 1] * made.unsloped[layer - 1])
         grad = grad_deltas[layer - 1].mul_(made.hidden[layer - 1].slope)
         _from_pair_vjp(grad, deltas[layer], layer, chunk, grads, grad_deltas[layer])
-        gram = made.delta_grams[layer - 1]
-        grad_features[layer].baddbmm_((gram * made.write_CC).mT, grad, alpha=-1)
-        grad_seen = torch.bmm(grad, features[layer].mT).neg_()
-        _gram_vjp(grad_seen, gram, deltas[layer], made.write_CC, grad_write, grad_deltas[layer])
+        gram, writes = made.delta_grams[layer - 1], made.backward[layer - 1]
+        grad_features[layer].baddbmm_((gram * writes.write_CC).mT, grad, alpha=-1)
+        seen_vjp(torch.bmm(grad, features[layer].mT).neg_(), gram, deltas[layer], writes, grad_deltas[layer])
 
-    seen_CC = made.grams[-1] * made.write_CC
+    seen_CC = made.grams[-1] * made.forward[-1].write_CC
     if chunk.norm is None or grads.norm is None:
         grad_right = _solve_transposed(seen_CC, grad_deltas[last])
         grads.v.sub_(grad_right, alpha=2)
@@ -198,7 +218,7 @@ def _one_pass_vjp(
             grad_z = grad_z + error_and_delta_vjp(grad_delta_before, start_error, z, chunk.norm, grads.norm, grads.k, grads.v)
         else:
             grad_before[last] = grad_delta_before
-    _gram_vjp(grad_seen, made.grams[-1], features[last], made.write_CC, grad_write, grad_features[last])
+    seen_vjp(grad_seen, made.grams[-1], features[last], made.forward[-1], grad_features[last])
     for layer in range(last, -1, -1):
         _from_state_vjp(grad_z, features[layer], made.both[layer], layer, chunk, grads, grad_features[layer])
         if layer == 0:
@@ -206,18 +226,11 @@ def _one_pass_vjp(
         activated = made.hidden[layer - 1]
         grad_z = torch.addcmul(grad_features[layer].mul_(activated.slope), grad_slopes[layer - 1], activated.curvature())
         if before:
-            grad_before[layer - 1] = torch.bmm((made.grams[layer - 1] * made.hidden_CC).mT, grad_z).neg_()
+            gram, writes = made.grams[layer - 1], made.forward[layer - 1]
+            grad_before[layer - 1] = torch.bmm((gram * writes.write_CC).mT, grad_z).neg_()
             grad_seen = torch.bmm(grad_z, before.surprise.deltas[layer - 1].mT).neg_()
-            _gram_vjp(grad_seen, made.grams[layer - 1], features[layer - 1], made.hidden_CC, grad_hidden, grad_features[layer - 1])
+            seen_vjp(grad_seen, gram, features[layer - 1], writes, grad_features[layer - 1])
     grads.k.add_(grad_features[0])
-    grads.earlier.write_CC.add_(_columns(grad_write, made.used))
-    grad_scale = (grad_write * chunk.earlier.write_CC).sum(-2)
-    if before and made.used is not None and before.scaling.factor is not None:
-        grads.earlier.write_CC.add_(_columns(grad_hidden, before.scaling.factor))
-        grad_scale = torch.where(made.used == before.scaling.factor, grad_scale, 0.0)  # where held, it is a constant
-        grad_scale += (grad_hidden * chunk.earlier.write_CC).sum(-2)
-    elif before:
-        grads.earlier.write_CC.add_(grad_hidden)
     return grad_before, grad_scale
 
 
@@ -238,11 +251,13 @@ def _from_pair_vjp(grad: Tensor, delta: Tensor, layer: int, chunk: OnlineChunk, 
     grads.states[layer].baddbmm_(chunk.as_pair(delta).mT, grad)
 
 
-def _gram_vjp(grad_seen: Tensor, gram: Tensor, x: Tensor, write_CC: Tensor, grad_write: Tensor, grad_x: Tensor) -> None:
-    """Of seen = (x x') * write. `grad_seen` is overwritten."""
-    grad_write.addcmul_(grad_seen, gram)
-    grad_gram = grad_seen.mul_(write_CC)
-    grad_x.baddbmm_(grad_gram + grad_gram.mT, x)
+def _writes(chunk: OnlineChunk, scale: Tensor | None) -> Writes:
+    return Writes(scale, _columns(chunk.earlier.write_CC, scale))
+
+
+def _squared_norm(feature: Tensor, delta: Tensor) -> Tensor:
+    """Of the gradient in one layer's weights, of every token."""
+    return feature.square().sum(-1) * delta.square().sum(-1)
 
 
 def _columns(matrix_CC: Tensor, scale_C: Tensor | None) -> Tensor:
@@ -267,14 +282,28 @@ def _scaling(chunk: OnlineChunk, squared_norm: Tensor, error: Tensor, clip: Tens
     return Scaling(local if clip is None else local * clip, clip)
 
 
-def _held_to(x_last: Tensor, chunk: OnlineChunk, used: Tensor | None) -> Tensor | None:
-    """A later pass's scale: that of the pass before, but no more than this pass's own features bear in the last layer.
+@torch.no_grad()
+def _held(scale: Tensor | None, chunk: OnlineChunk, size: Tensor, error: Tensor) -> Tensor | None:
+    """A scale that some tokens' writes got before their features and deltas were known, brought down to what those bear.
 
-    Where features grow from pass to pass, the scale of the pass before is too large for them, and the solve would blow up.
+    Where they have grown meanwhile, each layer would make them grow further, to infinity in a few. size is |g|^2 as far as it is
+    known, never more than the whole: once the passes have converged nothing is held. A constant to the outer gradient.
     """
-    if used is None or chunk.limit_C is None:
-        return used
-    return torch.minimum(used, 1 / (chunk.limit_C * x_last.square().sum(-1)).clamp(min=1.0))
+    if scale is None:
+        return None
+    clip = None if chunk.max_norm is None else clip_factor(size, chunk.max_norm)
+    bound = _scaling(chunk, size, error, clip).factor
+    return scale if bound is None else torch.minimum(scale, bound)
+
+
+@torch.no_grad()
+def _held_to_feature(scale: Tensor | None, chunk: OnlineChunk, feature: Tensor) -> Tensor | None:
+    """The same before the last layer's deltas are known. Without a norm they are the errors, so that |g|^2 / |e|^2 >= |feature|^2:
+    where a scale is too large for that the solve would grow from token to token. With a norm there is no solve.
+    """
+    if scale is None or chunk.limit_C is None or chunk.norm is not None:
+        return scale
+    return torch.minimum(scale, 1 / (chunk.limit_C * feature.square().sum(-1)).clamp(min=1.0))
 
 
 def _first_scale(chunk: OnlineChunk, features: list[Tensor], hidden: list[Activated], z_last: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from titans_scale.memory.chunk import advance, advance_vjp, read, read_vjp
 from titans_scale.memory.coefficients import (
@@ -24,6 +25,7 @@ from titans_scale.memory.coefficients import (
     one_token_earlier,
     one_token_earlier_vjp,
 )
+from titans_scale.memory.flops import chunk_flops
 from titans_scale.memory.mlp import Activation, ResidualNorm, Surprise, SurpriseTape, surprise, surprise_vjp
 from titans_scale.memory.online import OnlineChunk, OnlineGrads, Pass, online_surprise, online_surprise_vjp, step_limit
 from titans_scale.memory.write_rule import (
@@ -415,6 +417,27 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.titans_scale.memory_scan)
+def _scan_flops(q: Any, k: Any, v: Any, theta: Any, eta: Any, alpha: Any, states: Any, norm: Any, *options: Any, **_: Any) -> int:
+    _, _, write_rule, _, passes, _, length, *_ = options
+    return _memories_and_chunks(q, length) * chunk_flops(_widths(states), length, write_rule, passes).forward
+
+
+@register_flop_formula(torch.ops.titans_scale.memory_scan_vjp)
+def _scan_vjp_flops(grad_y: Any, grad_after: Any, tokens: Any, kept: Any, norm: Any, *options: Any, **_: Any) -> int:
+    _, _, write_rule, _, passes, _, length, *_ = options
+    return _memories_and_chunks(tokens[0], length) * chunk_flops(_widths(grad_after), length, write_rule, passes).backward
+
+
+def _memories_and_chunks(q_shape: Sequence[int], length: int) -> int:
+    batch_size, heads, total, _ = q_shape
+    return batch_size * heads * (total // length)
+
+
+def _widths(state_shapes: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    return [(shape[3], shape[2] // 2) for shape in state_shapes]
 
 
 def _residual_norm(norm: list[Tensor]) -> ResidualNorm | None:

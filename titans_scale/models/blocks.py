@@ -115,7 +115,9 @@ class MACBlock(Block):
         recalled = self.memory.retrieve(memory_q_BHTD, state.segment_weights, x_BTM)
         memory_tokens = state.memory_tokens.then(self.attention.keys_values(self.memory_token_norm(recalled)))
         segment = state.segment.then(own)
-        attended = segment_attention(q_BHTD, memory_tokens, segment, prefix, theta=self.config.rope_theta)
+        attended = segment_attention(
+            q_BHTD, memory_tokens, segment, prefix, theta=self.config.rope_theta, backend=self.config.attention_backend
+        )
         y = self.attention.output(attended)
         read, memory = self.memory(self.write_norm(y), state.memory)
         segment_weights = state.segment_weights
@@ -191,7 +193,8 @@ def windowed(
     """Sliding-window attention with prefix, and the keys and values that the next call still sees."""
     own = attention.keys_values(x_BTM)
     context = state.context.then(own) if state else own
-    y = window_attention(attention.queries(x_BTM), context, prefix, window=config.window, theta=config.rope_theta)
+    q_BHTD = attention.queries(x_BTM)
+    y = window_attention(q_BHTD, context, prefix, window=config.window, theta=config.rope_theta, backend=config.attention_backend)
     return attention.output(y), context.between(max(0, context.k.shape[2] - config.window + 1))
 
 

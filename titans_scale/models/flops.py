@@ -8,6 +8,7 @@ the PaLM paper defines them for MFU. tests/test_flops.py holds the formulas to t
 from itertools import pairwise
 
 from titans_scale.config import MemoryConfig, ModelConfig
+from titans_scale.memory.flops import ScanFlops, chunk_flops
 from titans_scale.models.layers import mlp_width
 
 
@@ -22,7 +23,8 @@ def training_flops(config: ModelConfig, sequence_length: int) -> dict[str, int]:
     Attention and memory include their projections.
     """
     forward = forward_flops(config, sequence_length)
-    undifferentiated = config.num_layers * _gram_flops(config, sequence_length)
+    undifferentiated = config.num_layers * config.memory.num_heads
+    undifferentiated *= sum(chunk.undifferentiated for chunk in _scan_flops(config, sequence_length))
     return {part: 3 * flops for part, flops in forward.items()} | {"memory": 3 * forward["memory"] - 2 * undifferentiated}
 
 
@@ -58,28 +60,13 @@ def _memory_flops(config: ModelConfig, length: int) -> int:
     projections = written * 2 * config.dim * (5 * inner + gates)
     if config.variant == "mac":  # the memory tokens: a query, a read at standing weights, gate and output
         projections += length * (2 * config.dim * 3 * inner + 2 * memory.num_heads * weights)
-    scan = sum(_chunk_flops(config, chunk) for chunk in _chunks(config, length))
-    return projections + scan + _gram_flops(config, length)
+    return projections + memory.num_heads * sum(chunk.forward for chunk in _scan_flops(config, length))
 
 
-def _chunk_flops(config: ModelConfig, chunk: int) -> int:
-    """One chunk of all heads, without the Gram matrix of the normalised write."""
-    widths = memory_widths(config)
-    weights = sum(into * out for into, out in widths)
-    first_into, first_out = widths[0]
-    surprise = 2 * chunk * (2 * weights - first_into * first_out)
-    read = 4 * chunk * weights + 2 * chunk**2 * sum(into + out for into, out in widths)
-    advance = 4 * chunk * weights
-    coefficients = 2 * chunk**3 + 2 * chunk**2
-    return config.memory.num_heads * (surprise + read + advance + coefficients)
-
-
-def _gram_flops(config: ModelConfig, length: int) -> int:
-    """The normalised write's products, which no gradient flows through."""
-    if config.memory.write_rule != "normalized":
-        return 0
-    per_pair = 2 * sum(into + out for into, out in memory_widths(config)) + 2
-    return config.memory.num_heads * per_pair * sum(chunk**2 for chunk in _chunks(config, length))
+def _scan_flops(config: ModelConfig, length: int) -> list[ScanFlops]:
+    """Of one memory, every chunk."""
+    widths, memory = memory_widths(config), config.memory
+    return [chunk_flops(widths, chunk, memory.write_rule, memory.passes) for chunk in _chunks(config, length)]
 
 
 def memory_widths(config: ModelConfig) -> list[tuple[int, int]]:

@@ -3,24 +3,30 @@
 Shape letters: B batch, H heads, T tokens, D head dimension, M model width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_scale.config import ModelConfig
 
+TURN = 2 * math.pi
+
 
 def rotate(x_BHTD: Tensor, *, start: int, theta: float) -> Tensor:
     """Rotary position embedding (RoFormer) for positions start, start + 1, ...
 
-    Positions here are counted from the start of a window or segment: attention sees only differences, and a table that does
-    not grow with the sequence keeps its precision at any length. Computed in float32 (float64 stays).
+    Positions here are counted from the first key of a call: attention sees only differences. Computed in float32 (float64 stays),
+    but angles are brought below one turn in float64 first: in float32 alone a rotated number is off by 0.004 at position 32,768 and by
+    0.17 at a million, this way by 1e-6 at both. (Apple's GPUs have no float64.)
     """
     dtype = torch.promote_types(x_BHTD.dtype, torch.float32)
+    exact = dtype if x_BHTD.device.type == "mps" else torch.float64
     half = x_BHTD.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x_BHTD.device, dtype=dtype) / half)
-    position = torch.arange(start, start + x_BHTD.shape[-2], device=x_BHTD.device, dtype=dtype)
-    angle_TD = position[:, None] * frequency
+    turns = theta ** (-torch.arange(half, device=x_BHTD.device, dtype=exact) / half) / TURN
+    position = torch.arange(start, start + x_BHTD.shape[-2], device=x_BHTD.device, dtype=exact)
+    angle_TD = TURN * (position[:, None] * turns).frac().to(dtype)
     cos, sin = angle_TD.cos(), angle_TD.sin()
     first, second = x_BHTD.to(dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BHTD.dtype)

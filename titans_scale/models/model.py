@@ -4,7 +4,7 @@ Shape letters: B batch, T tokens, M model width, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,7 @@ from titans_scale.memory.layer import Initializer, constant, normal
 from titans_scale.memory.state import compact
 from titans_scale.models.blocks import BLOCKS, Block
 from titans_scale.models.generation import generate_tokens
-
-IGNORED = -100
-"""Label of a position that has no target."""
+from titans_scale.models.loss import cross_entropy_sum, linear_cross_entropy_sum, next_token_loss
 
 
 class TitansState(NamedTuple):
@@ -40,6 +38,16 @@ class TitansOutput(NamedTuple):
     """The state after the last token, where one was given."""
 
 
+class Head(nn.Linear):
+    """From the final norm's output to logits, or to what a caller makes of that output and the weight, a loss for instance.
+
+    The call is what matters: under `fully_shard` the weight is whole only while the module that owns it is called.
+    """
+
+    def forward(self, x_BTM: Tensor, use: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
+        return use(x_BTM, self.weight)
+
+
 class TitansLM(nn.Module):
     """A Titans language model: embedding, blocks of `config.variant`, norm, head.
 
@@ -54,7 +62,7 @@ class TitansLM(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         # One parameter, not one under two names: `to_empty` and sharding would make two of it.
-        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Head(config.dim, config.vocab_size, bias=False)
         if not self.embedding.weight.is_meta:
             self.init_weights(seed=int(torch.randint(2**31, (), device="cpu").item()))
 
@@ -72,19 +80,45 @@ class TitansLM(nn.Module):
             raise ValueError(f"tokens have shape {tuple(tokens_BT.shape)}; they must be (batch, tokens) with at least one token")
         if state is not None and state.batch_size != tokens_BT.shape[0]:
             raise ValueError(f"the state is for a batch of {state.batch_size}, the tokens are a batch of {tokens_BT.shape[0]}")
+        x_BTM, layers = self._hidden(tokens_BT, state)
+        logits_BTV = self._through_head(x_BTM, F.linear)
+        return TitansOutput(
+            logits_BTV,
+            None if labels is None else next_token_loss(logits_BTV, labels),
+            None if state is None else TitansState(state.batch_size, layers),
+        )
+
+    def loss_sum(self, tokens_BT: Tensor, targets_BT: Tensor, *, logits_bytes: int | None = None) -> Tensor:
+        """What training minimises: cross-entropy in nats, summed over the positions that have a target.
+
+        Args:
+            tokens_BT: token ids, (B, T).   targets_BT: the next token of each, (B, T); -100 where there is none.
+            logits_bytes: how much memory logits may take: a chunk of tokens at a time goes through the head then, see
+                `titans_scale.models.loss`. None: all at once.
+        Returns:
+            A scalar in float32 (float64 for a float64 model).
+        """
+        x_BTM, _ = self._hidden(tokens_BT, None)
+
+        def loss(x_BTM: Tensor, weight_VM: Tensor) -> Tensor:
+            if logits_bytes is None:
+                return cross_entropy_sum(F.linear(x_BTM, weight_VM), targets_BT)
+            return linear_cross_entropy_sum(x_BTM, weight_VM, targets_BT, logits_bytes=logits_bytes)
+
+        return self._through_head(x_BTM, loss)
+
+    def _hidden(self, tokens_BT: Tensor, state: TitansState | None) -> tuple[Tensor, list[Any]]:
+        """The final norm's output, and the blocks' states where one was given."""
         x_BTM = self.embedding(tokens_BT)
         layers = []
         for layer, block in enumerate(self.blocks):
             x_BTM, layer_state = block(x_BTM, state.layers[layer] if state else None)
             if state is not None:
                 layers.append(compact(layer_state))
-        x_BTM = self.norm(x_BTM)
-        logits_BTV = F.linear(x_BTM, self.embedding.weight) if self.head is None else self.head(x_BTM)
-        return TitansOutput(
-            logits_BTV,
-            None if labels is None else next_token_loss(logits_BTV, labels),
-            None if state is None else TitansState(state.batch_size, layers),
-        )
+        return self.norm(x_BTM), layers
+
+    def _through_head(self, x_BTM: Tensor, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return use(x_BTM, self.embedding.weight) if self.head is None else self.head(x_BTM, use)
 
     def init_state(self, batch_size: int = 1) -> TitansState:
         """The state before the first token."""
@@ -142,10 +176,3 @@ class TitansLM(nn.Module):
             assert isinstance(block, Block)
             rules |= {f"blocks.{layer}.{name}": rule for name, rule in block.initializers().items()}
         return rules
-
-
-def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of predicting labels[t + 1] from logits[t], in float32; 0 where there is no target at all."""
-    targets = labels_BT[:, 1:].flatten()
-    total = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
-    return total / (targets != IGNORED).sum().clamp(min=1)

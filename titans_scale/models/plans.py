@@ -2,15 +2,18 @@
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 
 from titans_scale.config import ModelConfig
 from titans_scale.models.flops import flops_per_token
 from titans_scale.models.model import TitansLM
 
-__all__ = ["decay_groups", "flops_per_token", "fsdp_groups", "num_parameters", "parameters_by_part"]
+__all__ = ["decay_groups", "flops_per_token", "fsdp_groups", "keeps_result", "num_parameters", "parameters_by_part"]
 
 NO_DECAY = ("norm", "bias", "persistent", "initial_weights", "memory_scale", "memory_shift", "_conv")
 """Marks, in a parameter's name, of what weight decay must leave alone: scales, shifts, and what is not a projection."""
+
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
 def fsdp_groups(model: TitansLM) -> list[list[nn.Module]]:
@@ -21,6 +24,14 @@ def fsdp_groups(model: TitansLM) -> list[list[nn.Module]]:
     """
     blocks: list[list[nn.Module]] = [[block] for block in model.blocks]
     return blocks if model.head is None else [[model.embedding], *blocks, [model.norm, model.head]]
+
+
+def keeps_result(operator: OpOverload) -> bool:
+    """Whether selective checkpointing keeps what an operator of a block made: matrix products, attention, and what we registered
+    ourselves, which is the scan. Elementwise operations, norms and convolutions take little time to do again, and most of the memory.
+    """
+    namespace, name = operator.namespace, operator._schema.name.split("::")[1]
+    return namespace == "titans_scale" or (namespace == "aten" and (name in MATRIX_PRODUCTS or "dot_product" in name))
 
 
 def decay_groups(model: nn.Module) -> tuple[list[str], list[str]]:

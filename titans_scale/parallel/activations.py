@@ -1,14 +1,16 @@
 """How much one block's forward pass leaves in memory for its backward pass, counted on the meta device: nothing is allocated or computed.
 
-Attention and RMSNorm are counted as their fused GPU kernels keep them (inputs and output), not as the many small operators they
-fall apart into without a GPU.
+RMSNorm is counted as its fused GPU kernel keeps it (input and output), not as the many small operators it falls apart into
+without a GPU.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,20 +18,30 @@ from torch.utils._pytree import tree_leaves
 
 from titans_scale.config import ModelConfig
 from titans_scale.models.blocks import BLOCKS
+from titans_scale.parallel.recompute import recomputed
 
 
-def block_activation_bytes(config: ModelConfig, *, batch_size: int, sequence_length: int, dtype: torch.dtype) -> int:
+def block_activation_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    dtype: torch.dtype,
+    keeps: Callable[[OpOverload], bool] | None = None,
+) -> int:
     """Bytes alive after the forward pass of one block: what autograd saved, what checkpoints of the scan start from, the output.
 
     Args:
         batch_size, sequence_length: of a micro-batch.   dtype: of parameters and activations; the scan works in float32 by itself.
+        keeps: under selective checkpointing, whether an operator's results are kept.
     """
     with torch.device("meta"):
         block = BLOCKS[config.variant](config).to(dtype)
         x_BTM = torch.empty(batch_size, sequence_length, config.dim, dtype=dtype, requires_grad=True)
+    forward = block if keeps is None else recomputed(block, keeps)
     live = _LiveStorages()
     with live, _FusedKernels():
-        output = block(x_BTM)[0]
+        output = forward(x_BTM)[0]
     assert output.requires_grad  # and its graph with it, until the count is done
     return live.bytes()
 
@@ -57,10 +69,6 @@ class _LiveStorages(TorchDispatchMode):
 class _FusedKernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k, v = args
-            mask = kwargs["attn_mask"].to(q.dtype)  # memory-efficient attention adds it as a bias
-            return _KeepsInputsAndOutput.apply((*q.shape[:-1], v.shape[-1]), q, k, v, mask)
         if func in (F.rms_norm, torch.rms_norm):
             return _KeepsInputsAndOutput.apply(args[0].shape, args[0])
         return func(*args, **kwargs)

@@ -6,18 +6,19 @@ computation, and the sharding, which has to see the final modules, last.
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models import TitansLM
-from titans_scale.models.plans import fsdp_groups
+from titans_scale.models.plans import fsdp_groups, keeps_result
 from titans_scale.parallel.materialize import materialize
+from titans_scale.parallel.recompute import recomputed
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -35,8 +36,8 @@ def parallelize(model: TitansLM, config: TitansConfig, mesh: DeviceMesh, device:
         ConfigError: bfloat16 on a GPU that has none.
     """
     # Tensor parallelism comes first of all: it replaces parameters, and everything below wraps what it leaves.
-    if config.activation_checkpoint.mode == "full":
-        checkpoint_blocks(model)
+    if config.activation_checkpoint.mode != "none":
+        checkpoint_blocks(model, keeps_result if config.activation_checkpoint.mode == "selective" else None)
     if config.compile.enabled:
         compile_blocks(model)
     shard(
@@ -49,10 +50,13 @@ def parallelize(model: TitansLM, config: TitansConfig, mesh: DeviceMesh, device:
     return model
 
 
-def checkpoint_blocks(model: TitansLM) -> None:
-    """Keep a block's input only and recompute the rest in the backward pass. In place of `forward`, not around the module: names stay."""
+def checkpoint_blocks(model: TitansLM, keeps: Callable[[OpOverload], bool] | None = None) -> None:
+    """Keep a block's input only, and the results of the operators that `keeps` names, and recompute the rest in the backward pass.
+
+    In place of `forward`, not around the module: names stay.
+    """
     for block in model.blocks:
-        block.forward = _recomputed(block.forward)
+        block.forward = recomputed(block.forward, keeps)
 
 
 def compile_blocks(model: TitansLM) -> None:
@@ -74,6 +78,7 @@ def shard(model: TitansLM, mesh: DeviceMesh, *, precision: Precision, reshard_af
         # The backward pass starts with the last group, so freeing it in between would only gather it twice; likewise the root.
         fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward and group is not groups[-1])
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "loss_sum")  # or the root's parameters would not be gathered for it
     # A block's second output, its streaming state, holds views; nothing here writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in sharded_modules(model):
@@ -100,11 +105,3 @@ def resolve_precision(dtype: Literal["auto", "float32", "bfloat16"], device: tor
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"training.dtype is {dtype}, but {name} has no bfloat16; set training.dtype to float32")
     return "bfloat16"
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def recomputed(*arguments: Any) -> Any:  # a functools.partial of `checkpoint` would do, but torch.compile passes it over in silence
-        # No random number is drawn in a block, so there is no generator to wind back.
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-    return recomputed

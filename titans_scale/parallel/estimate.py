@@ -5,13 +5,14 @@ context and communication buffers are a flat allowance; fragmentation is not mod
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models.flops import forward_flops, training_flops
-from titans_scale.models.plans import parameters_by_part
+from titans_scale.models.plans import keeps_result, parameters_by_part
 from titans_scale.parallel.activations import block_activation_bytes
 from titans_scale.parallel.mesh import mesh_sizes
 
@@ -114,8 +115,9 @@ def _gpu_bytes(config: TitansConfig, parameters: int, world_size: int, accumulat
         three blocks: the one at work, the one before it, and the one fetched ahead.
     gradients before reduction: a block's while it is at work; with more than one micro-batch the whole model's in float32.
     activations: what the forward pass of each block leaves, and of one more for the gradients on their way; with activation
-        checkpointing each block's input, and two blocks.
-    logits: in the compute precision, and three copies in float32: log-probabilities and two gradients.
+        checkpointing less of all blocks but the one at work.
+    logits and loss: with training.max_logits_mib that much or less, and the head's gradient in float32; else the logits in the
+        compute precision, and three copies in float32: log-probabilities and two gradients.
     """
     model, training = config.model, config.training
     dtype = torch.float32 if training.dtype == "float32" else torch.bfloat16
@@ -123,19 +125,31 @@ def _gpu_bytes(config: TitansConfig, parameters: int, world_size: int, accumulat
     outside = model.dim * model.vocab_size * (1 if model.tie_embeddings else 2)
     per_block = (parameters - outside) // model.num_layers
     gathered = outside + 3 * per_block if config.parallelism.reshard_after_forward else parameters
-    kept = block_activation_bytes(model, batch_size=training.micro_batch_size, sequence_length=training.sequence_length, dtype=dtype)
     micro_batch_tokens = training.micro_batch_size * training.sequence_length
-    activations = (model.num_layers + 1) * kept
-    if config.activation_checkpoint.mode == "full":
-        activations = model.num_layers * micro_batch_tokens * model.dim * dtype.itemsize + 2 * kept
+    block_bytes = partial(
+        block_activation_bytes, model, batch_size=training.micro_batch_size, sequence_length=training.sequence_length, dtype=dtype
+    )
+    whole = block_bytes()
+    match config.activation_checkpoint.mode:
+        case "none":
+            kept = whole
+        case "selective":
+            kept = block_bytes(keeps=keeps_result)
+        case "full":
+            kept = micro_batch_tokens * model.dim * dtype.itemsize
+    logits = micro_batch_tokens * model.vocab_size
+    if training.logits_bytes is None:
+        logits_and_loss = logits * (dtype.itemsize + 3 * 4)
+    else:
+        logits_and_loss = min(2 * 4 * logits, training.logits_bytes) + 4 * model.vocab_size * model.dim
     return {
         "parameters": 4 * parameters // shards,
         "gradients": 4 * parameters // shards,
         "optimizer state": 8 * parameters // shards,
         "gathered parameters": gathered * dtype.itemsize,
         "gradients before reduction": 4 * parameters if accumulation_steps > 1 else 2 * per_block * dtype.itemsize,
-        "activations": activations,
-        "logits and loss": micro_batch_tokens * model.vocab_size * (dtype.itemsize + 3 * 4),
+        "activations": (model.num_layers - 1) * kept + 2 * whole,
+        "logits and loss": logits_and_loss,
         "allowance": ALLOWANCE_BYTES,
     }
 

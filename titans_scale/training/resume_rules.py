@@ -6,7 +6,7 @@ from titans_scale.config import ConfigError, TitansConfig, config_differences
 
 FIXED = ("model.", "data.seed", "data.shuffle", "training.seed", "training.sequence_length", "training.global_batch_tokens")
 """Keys that make the run what it is: weights of other shapes, other data, another order."""
-FREE_ALL_THE_SAME = ("model.memory.backend", "model.memory.state_interval")
+FREE_ALL_THE_SAME = ("model.attention_backend", "model.memory.backend", "model.memory.state_interval")
 """Keys of the model that change how it is computed, not what."""
 
 

@@ -15,12 +15,13 @@ from titans_scale.config import TitansConfig
 from titans_scale.data import Batch, TokenStream, open_split
 from titans_scale.memory import MemoryProbe
 from titans_scale.models import TitansLM
+from titans_scale.models.attention import choose_backend
 from titans_scale.parallel import DistributedContext, Fsdp2Engine, build_mesh, mesh_sizes, parallelize
 from titans_scale.parallel.apply import Precision, reshard, resolve_precision
 from titans_scale.parallel.context import RunError, sentence_of
 from titans_scale.training.checkpoint import CheckpointManager, Counters
 from titans_scale.training.checks import check_global_batch, check_shards
-from titans_scale.training.loss import count_targets, cross_entropy_sum
+from titans_scale.training.loss import count_targets
 from titans_scale.training.metrics import Record
 from titans_scale.training.optimizer import build_optimizer, set_learning_rate
 from titans_scale.training.reporting import Reporter
@@ -76,6 +77,10 @@ class Trainer:
         training = config.training
         self.sizes = mesh_sizes(config.parallelism, context.world_size)
         self.precision: Precision = resolve_precision(training.dtype, context.device)
+        self.attention = None
+        if config.model.variant != "lmm":
+            model, dtype = config.model, getattr(torch, self.precision)
+            self.attention = choose_backend(model.attention_backend, context.device, dtype, head_dim=model.dim // model.num_heads)
         check_global_batch(config, context.world_size)
         with context.together():
             dataset = open_split(config.data.path, "train")
@@ -121,6 +126,8 @@ class Trainer:
                 notes = self._resume()
                 report = Reporter(self.config, self.context, precision=self.precision, sizes=self.sizes, step=self.step)
                 self.report = report
+                if self.attention is not None:
+                    report.say(f"attention on {self.attention.name}: {self.attention.reason}")
                 for note in notes:
                     report.say(note)
                 if self.step < self.config.training.steps:
@@ -180,7 +187,8 @@ class Trainer:
         for number, micro_batch in enumerate(micro_batches, start=1):
             batch = micro_batch.to(self.context.device, non_blocking=True)
             # Divided by the targets of all ranks: a rank or micro-batch with fewer of them weighs less, as it should.
-            loss = cross_entropy_sum(self.model(batch.inputs).logits, batch.targets) / max(1, target_tokens)
+            loss_sum = self.model.loss_sum(batch.inputs, batch.targets, logits_bytes=config.training.logits_bytes)
+            loss = loss_sum / max(1, target_tokens)
             self.engine.backward(loss, last=number == len(micro_batches))
             step_loss += loss.detach()
         grad_norm = self.engine.clip_grad_norm(config.training.max_grad_norm)
@@ -202,6 +210,7 @@ class Trainer:
                 self.context,
                 micro_batch_size=config.training.micro_batch_size,
                 max_batches=config.eval.batches,
+                logits_bytes=config.training.logits_bytes,
             )
         if config.metrics.memory_interval and self.step % config.metrics.memory_interval == 0:
             record |= self.look_into_memories(batch)
