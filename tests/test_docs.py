@@ -12,7 +12,7 @@ import pytest
 from titans_scale.config import TitansConfig, config_parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 OURS = re.compile(r"(?<![\w/.-])(?:titans_scale|tools|tests|configs|docs|launch|slurm|\.ci)/[\w./-]*")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -71,7 +71,9 @@ def test_plot_writes_curves_into_the_run_folder(run, capsys):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "plot", "quickstart"])
+@pytest.mark.parametrize(
+    "name", ["bench_attention", "bench_loss", "bench_memory", "bench_model", "evaluate", "generate", "plot", "quickstart"]
+)
 def test_every_option_is_explained_in_the_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
         tool(name)(["--help"])

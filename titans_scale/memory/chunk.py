@@ -92,8 +92,8 @@ def layer_at_each_token_vjp(
     grad_chunk.start_C.add_((through_weights * x_MCI).sum(-1))
     grad_chunk.carry_C.add_((through_momentum * x_MCI).sum(-1))
     grad_x = through_weights.mul_(start).addcmul_(through_momentum, carry).baddbmm_(grad_alike, feature, alpha=-1)
-    scaled = torch.stack((grad_z * start, grad_z * carry), dim=-2).flatten(-2)
-    grad_state = torch.bmm(scaled.mT, x_MCI)
+    pair = torch.stack((chunk.start_C, chunk.carry_C), dim=-1)
+    grad_state = torch.bmm((grad_z.unsqueeze(-2) * pair.unsqueeze(-1)).flatten(-2).mT, x_MCI)
     return grad_x, grad_state, grad_feature, grad_delta
 
 

@@ -11,16 +11,15 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from titans_scale.config import MemoryConfig
+from titans_scale.memory.around import gated_norm, short_convolution
 from titans_scale.memory.mlp import ResidualNorm, memory_mlp
 from titans_scale.memory.scan import memory_scan
 from titans_scale.memory.state import ScanState, initial_weights
 
 Initializer = Callable[[torch.Size, Generator], Tensor]
-QK_NORM_EPS = 1e-6
 SLOWEST_FORGETTING, FASTEST_FORGETTING = 1e-4, 1e-2
 """Heads start with forgetting rates spread between these (half-lives of 7,000 to 70 tokens): some must reach past a training sequence."""
 INITIAL_MOMENTUM = 0.9
@@ -100,17 +99,15 @@ class NeuralMemory(nn.Module):
 
     def queries(self, x_BTM: Tensor, tail_BKI: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries (B, H, T, D) of unit norm, and the tail that the next call's convolution needs."""
-        q, tail = self._heads(self.q_proj(x_BTM), "q_conv", tail_BKI)
-        return _unit(q), tail
+        return self._heads(self.q_proj(x_BTM), "q_conv", tail_BKI, unit=True)
 
     def keys(self, x_BTM: Tensor, tail_BKI: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys (B, H, T, D) of unit norm, and the convolution's tail."""
-        k, tail = self._heads(self.k_proj(x_BTM), "k_conv", tail_BKI)
-        return _unit(k), tail
+        return self._heads(self.k_proj(x_BTM), "k_conv", tail_BKI, unit=True)
 
     def values(self, x_BTM: Tensor, tail_BKI: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values (B, H, T, D), and the convolution's tail."""
-        return self._heads(self.v_proj(x_BTM), "v_conv", tail_BKI)
+        return self._heads(self.v_proj(x_BTM), "v_conv", tail_BKI, unit=False)
 
     def scan(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: ScanState | None) -> tuple[Tensor, ScanState]:
         """`memory_scan` with this layer's initial weights and options."""
@@ -162,25 +159,18 @@ class NeuralMemory(nn.Module):
 
         return Gates(self.config.max_step * gate(self.theta_proj), gate(self.eta_proj), gate(self.alpha_proj))
 
-    def _heads(self, x_BTI: Tensor, conv: str, tail_BKI: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _heads(self, x_BTI: Tensor, conv: str, tail_BKI: Tensor | None, *, unit: bool) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution and SiLU, then (B, H, T, D). The paper's 'SiLU on the q, k, v' and its convolutions."""
         kernel = self.config.conv_kernel
-        if kernel == 0:
-            tail, y = x_BTI[:, :0], x_BTI
-        else:
-            weight_IK = getattr(self, conv)
-            tail = x_BTI.new_zeros(x_BTI.shape[0], kernel - 1, x_BTI.shape[2]) if tail_BKI is None else tail_BKI
-            padded = torch.cat((tail, x_BTI), dim=1)
-            length = x_BTI.shape[1]
-            y = sum((padded[:, i : i + length] * weight_IK[:, i] for i in range(1, kernel)), padded[:, :length] * weight_IK[:, 0])
-            tail = padded[:, length:]
-        return F.silu(y).unflatten(-1, (self.config.num_heads, self.head_dim)).transpose(1, 2), tail
+        weight_IK = getattr(self, conv) if kernel else None
+        tail = x_BTI.new_zeros(x_BTI.shape[0], max(kernel - 1, 0), x_BTI.shape[2]) if tail_BKI is None else tail_BKI
+        y = short_convolution(x_BTI, weight_IK, tail, self.config.num_heads, unit=unit)
+        recent = x_BTI[:, max(0, x_BTI.shape[1] - tail.shape[1]) :] if kernel > 1 else x_BTI[:, :0]
+        return y, torch.cat((tail[:, recent.shape[1] :], recent), dim=1)
 
     def _output(self, y_BHTD: Tensor, x_BTM: Tensor) -> Tensor:
         """Norm per head, gate from the tokens, output projection (section 4.4)."""
-        normed = F.rms_norm(y_BHTD, (self.head_dim,), eps=1e-5).transpose(1, 2).flatten(2)
-        gated = normed.to(x_BTM.dtype) * self.out_norm * F.silu(self.out_gate(x_BTM))
-        return self.out_proj(gated)
+        return self.out_proj(gated_norm(y_BHTD, self.out_norm, self.out_gate(x_BTM)))
 
     def residual_norm(self) -> ResidualNorm | None:
         return ResidualNorm(self.memory_scale, self.memory_shift) if self.config.residual_norm else None
@@ -222,9 +212,3 @@ def constant(value: float) -> Initializer:
 
 def _logit(p: float) -> float:
     return math.log(p / (1 - p))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Unit l2 norm over the last dimension, smooth at zero."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + QK_NORM_EPS)).to(x.dtype)

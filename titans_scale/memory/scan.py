@@ -94,8 +94,8 @@ def memory_scan(
     if rest_length:
         y, states = _scan(rest, start, scales, rule, rest_length, 1)
         outputs.append(y)
-    y = torch.cat(outputs, dim=2)[:, :, total - length :]
-    return y.to(q.dtype), ScanState(*_apart(states), *_apart(start), OpenChunk(*rest[1:]))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return y[:, :, total - length :].to(q.dtype), ScanState(*_apart(states), *_apart(start), OpenChunk(*rest[1:]))
 
 
 def default_interval(num_chunks: int) -> int:

@@ -421,13 +421,13 @@ scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.titans_scale.memory_scan)
 def _scan_flops(q: Any, k: Any, v: Any, theta: Any, eta: Any, alpha: Any, states: Any, norm: Any, *options: Any, **_: Any) -> int:
-    _, _, write_rule, _, passes, _, length, *_ = options
+    write_rule, passes, length = options[2], options[4], options[6]
     return _memories_and_chunks(q, length) * chunk_flops(_widths(states), length, write_rule, passes).forward
 
 
 @register_flop_formula(torch.ops.titans_scale.memory_scan_vjp)
 def _scan_vjp_flops(grad_y: Any, grad_after: Any, tokens: Any, kept: Any, norm: Any, *options: Any, **_: Any) -> int:
-    _, _, write_rule, _, passes, _, length, *_ = options
+    write_rule, passes, length = options[2], options[4], options[6]
     return _memories_and_chunks(tokens[0], length) * chunk_flops(_widths(grad_after), length, write_rule, passes).backward
 
 

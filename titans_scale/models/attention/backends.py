@@ -19,7 +19,6 @@ class Backend(NamedTuple):
     reason: str
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(requested: BackendRequest, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> Backend:
     """The backend that was asked for, or for auto the fastest that runs: flash, then flex, then sdpa.
 
@@ -27,6 +26,10 @@ def choose_backend(requested: BackendRequest, device: torch.device, dtype: torch
         ValueError: what was asked for cannot run here; says why, and what to choose.
     """
     return _choose(requested, device, dtype, head_dim)
+
+
+# What torch.compiler.assume_constant_result sets; called, it would import the compiler into every process, which takes seconds.
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
