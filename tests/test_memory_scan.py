@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from titans_scale.memory import ResidualNorm, memory_oracle, memory_scan
 from titans_scale.memory.coefficients import chunk_coefficients
+from titans_scale.memory.scan_op import scan_op
 
 BATCH, HEADS, DIM, HIDDEN, CHUNK = 2, 3, 4, 6, 5
 TOKENS = 23  # four chunks and an open one
@@ -174,3 +175,22 @@ def test_what_does_not_fit_gets_a_sentence(change, words):
     arguments = dict(zip(("q", "k", "v", "theta", "eta", "alpha"), tensors[:6], strict=True)) | {"weights": tensors[6:]}
     with pytest.raises(ValueError, match=words):
         memory_scan(**(arguments | change(arguments)))
+
+
+@pytest.mark.parametrize("write_rule", ["plain", "online"])
+def test_the_operators_keep_torch_s_contract(write_rule):
+    """Schema, shapes without data, autograd registration and tracing: what compile, checkpointing and FSDP2 rely on."""
+    tensors = inputs(2, residual=True, length=2 * CHUNK)
+    tokens, norm = tensors[:6], tensors[8:]
+    states = [torch.randn(BATCH, HEADS, 2 * w.shape[1], w.shape[2], dtype=torch.float64, requires_grad=True) for w in tensors[6:8]]
+    torch.library.opcheck(scan_op, (*tokens, states, norm, CHUNK, "silu", write_rule, 0.7, 2, 4.0, CHUNK, 1, True))
+
+
+def test_an_operator_called_twice_gives_the_same_and_changes_nothing():
+    tensors = inputs(2)
+    before = [x.detach().clone() for x in tensors]
+    first, second = (everything(*run(memory_scan, tensors, depth=2)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    gradients = [torch.autograd.grad(result[0].square().sum(), tensors) for result in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))

@@ -83,25 +83,22 @@ class _Group(NamedTuple):
     """Before each chunk and after the last, (G + 1, M, 2O, I) a layer."""
     writes: list[_Write]
 
-    def reads(self) -> list["_Reads"]:
-        """The group's reads, some chunks at a time: they need no order."""
-        slices = []
-        for first in range(0, len(self.writes), READ_AT_ONCE):
-            last = min(first + READ_AT_ONCE, len(self.writes))
-            writes = [write.scaled for write in self.writes[first:last]]
-            features, deltas = ([torch.cat(xs) for xs in zip(*lists, strict=True)] for lists in zip(*(w[:2] for w in writes), strict=True))
-            states = [x[first:last].flatten(0, 1) for x in self.states]
-            slices.append(
-                _Reads(first, last, self.tokens.q[first:last].flatten(0, 1), states, features, deltas, _flat(self.chunks, first, last))
-            )
-        return slices
+    def slices(self) -> list[tuple[int, int]]:
+        """Chunks that are read at once: reads need no order."""
+        total = len(self.writes)
+        return [(first, min(first + READ_AT_ONCE, total)) for first in range(0, total, READ_AT_ONCE)]
+
+    def reads(self, first: int, last: int) -> "_Reads":
+        """What the reads of chunks first..last need, all in one leading dimension."""
+        writes = [write.scaled for write in self.writes[first:last]]
+        features, deltas = ([torch.cat(xs) for xs in zip(*lists, strict=True)] for lists in zip(*(w[:2] for w in writes), strict=True))
+        states = [x[first:last].flatten(0, 1) for x in self.states]
+        return _Reads(self.tokens.q[first:last].flatten(0, 1), states, features, deltas, _flat(self.chunks, first, last))
 
 
 class _Reads(NamedTuple):
-    """Chunks first..last of a group, all in one leading dimension."""
+    """See `_Group.reads`."""
 
-    first: int
-    last: int
     q: Tensor
     states: list[Tensor]
     features: list[Tensor]
@@ -131,14 +128,14 @@ def scan_chunks(
             whole[number] = state
         group = _write_group(_Tokens(*(_loaded(x, begin, end, length) for x in tokens)), now, norm, rule)
         y_group = _by_chunk(y, begin, end, length)
-        for reads in group.reads():
-            first, last = reads.first, reads.last
-            of_reads, layers = read(*reads[2:], rule.activation, _repeated(norm, last - first))
+        for first, last in group.slices():
+            of_reads, layers = read(*group.reads(first, last), rule.activation, _repeated(norm, last - first))
             y_group[first:last] = of_reads.unflatten(0, (last - first, *q.shape[:2]))
             for whole, layer in zip(outputs, layers, strict=False):
                 whole[begin // length + first : begin // length + last] = layer.unflatten(0, (last - first, -1))
-        now = [state[-1] for state in group.states]
-    return y, [state.unflatten(0, q.shape[:2]).clone() for state in now], kept
+        now = [state[-1].clone() for state in group.states]
+        del group, of_reads, layers  # before the next one is made
+    return y, [state.unflatten(0, q.shape[:2]) for state in now], kept
 
 
 def empty_kept(q: Tensor, states: list[Tensor], norm: ResidualNorm | None, length: int, interval: int) -> list[Tensor]:
@@ -174,9 +171,11 @@ def scan_chunks_vjp(
         of_group = [x[begin // length : end // length] for x in outputs]
         of_y = _loaded(grad_y, begin, end, length)
         grad_tokens, grad_now = _group_vjp(of_y, grad_now, group, of_group, wide_norm, rule, grad_norm)
+        grad_now = [grad.clone() for grad in grad_now]  # not as views of a larger tensor
         for whole, grad in zip(grads, grad_tokens, strict=True):
             _by_chunk(whole, begin, end, length).copy_(grad.unflatten(1, q.shape[:2]))
-    grad_states = [grad.unflatten(0, q.shape[:2]).clone() for grad in grad_now]
+        del group, grad_tokens, of_y  # before the next one is made
+    grad_states = [grad.unflatten(0, q.shape[:2]) for grad in grad_now]
     return grads, grad_states, [x.unflatten(0, q.shape[:2]).sum(0) for x in grad_norm or ()]
 
 
@@ -227,17 +226,19 @@ def _group_vjp(
     """Gradients in the group's tokens and in the state before it."""
     tokens, chunks = group.tokens, _one_by_one(group.chunks)
     grad_coefficients = ChunkCoefficients(*(torch.zeros_like(x) for x in group.chunks))
-    grad_of_earlier = ChunkCoefficients(*(torch.zeros_like(x) for x in group.chunks))
-    grad_chunks, grad_earlier = _one_by_one(grad_coefficients), _one_by_one(grad_of_earlier)
+    grad_chunks, grad_earlier = _one_by_one(grad_coefficients), []
+    if rule.write_rule == "online":
+        grad_of_earlier = ChunkCoefficients(*(torch.zeros_like(x) for x in group.chunks))
+        grad_earlier = _one_by_one(grad_of_earlier)
     before = _layers(group.states)
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in tokens[:3])
-    for reads in reversed(group.reads()):
-        first, last = reads.first, reads.last
+    for first, last in reversed(group.slices()):
+        reads = group.reads(first, last)
         of_reads, *of_writes = read_vjp(
             grad_y[first:last].flatten(0, 1),
             reads.q,
             [x[first:last].flatten(0, 1) for x in outputs],
-            *reads[3:],
+            *reads[1:],
             rule.activation,
             _repeated(norm, last - first),
             _flat(grad_coefficients, first, last),
@@ -259,7 +260,8 @@ def _group_vjp(
                 grads = OnlineGrads(grad_k[i], grad_v[i], grad_states, grad_earlier[i], grad_norm)
                 online_surprise_vjp(grad_features, grad_deltas, *write.tape, grads)
             grad_after = grad_states
-    one_token_earlier_vjp(grad_of_earlier, grad_coefficients)
+    if rule.write_rule == "online":
+        one_token_earlier_vjp(grad_of_earlier, grad_coefficients)
     grad_step, grad_eta, grad_alpha = coefficients_vjp(grad_coefficients, group.chunks, group.tape)
     grad_theta, of_step = effective_step_vjp(grad_step, tokens.theta, tokens.eta, rule.write_rule)
     return _Tokens(grad_q, grad_k, grad_v, grad_theta, grad_eta + of_step, grad_alpha), grad_after
