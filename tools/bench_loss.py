@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
+    from titans_scale.evaluation.benchmarks.measure import resident_bytes
     from titans_scale.models.loss import cross_entropy_sum, linear_cross_entropy_sum
 
     torch.set_num_threads(1)
@@ -49,15 +49,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         if on_gpu:
             torch.cuda.synchronize()
 
-    def peak_bytes() -> int:
-        if on_gpu:
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def now_and_peak() -> tuple[int, int]:
+        return (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if on_gpu else resident_bytes()
 
     one_pass(1)  # loads the kernels, and leaves both gradients, which any form has to hold
-    before = peak_bytes()
+    before, _ = now_and_peak()
     one_pass(options.tokens)
-    extra = peak_bytes() - before
+    extra = now_and_peak()[1] - before
     seconds = []
     for _ in range(options.repeats):
         x_BTM.grad = weight_VM.grad = None

@@ -82,9 +82,9 @@ def _peak_extra_bytes(prepare: Prepare, tokens: int, threads: int) -> int:
     prepare(min(tokens, WARM_UP_TOKENS))()  # libraries are loaded and their buffers made by the first step
     step = prepare(tokens)
     give_back_freed_pages()
-    before, _ = _resident_bytes()
+    before, _ = resident_bytes()
     step()
-    return _resident_bytes()[1] - before
+    return resident_bytes()[1] - before
 
 
 def give_back_freed_pages() -> None:
@@ -94,7 +94,7 @@ def give_back_freed_pages() -> None:
         libc.malloc_trim(0)
 
 
-def _resident_bytes() -> tuple[int, int]:
+def resident_bytes() -> tuple[int, int]:
     """Memory of this process now, and at most so far. Without /proc (macOS) the second number stands for both."""
     status = Path("/proc/self/status")
     if not status.exists():
