@@ -1,5 +1,7 @@
 """What needs a GPU (`pytest -m gpu`); everything else is tested on a CPU."""
 
+import itertools
+
 import pytest
 import torch
 from small_models import VARIANTS, perturbed_model, random_tokens
@@ -29,7 +31,7 @@ def test_the_scan_on_a_gpu_equals_the_oracle_on_the_cpu(depth, write_rule, passe
     q, k, v = (torch.randn(2, 2, 70, 8, generator=generator, dtype=torch.float64) for _ in range(3))
     gates = [torch.rand(2, 2, 70, generator=generator, dtype=torch.float64) * bound for bound in (0.1, 0.9, 0.1)]
     widths = [8, *[16] * (depth - 1), 8]
-    weights = [torch.randn(2, o, i, generator=generator, dtype=torch.float64) / i**0.5 for i, o in zip(widths, widths[1:], strict=False)]
+    weights = [torch.randn(2, o, i, generator=generator, dtype=torch.float64) / i**0.5 for i, o in itertools.pairwise(widths)]
     results = []
     for function, device in ((memory_oracle, "cpu"), (memory_scan, "cuda")):
         tensors = [x.to(device).requires_grad_() for x in (q, torch.nn.functional.normalize(k, dim=-1), v, *gates, *weights)]

@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Of the head and its input.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Where to compute.")
     parser.add_argument("--repeats", type=int, default=3, help="Timed passes of each form; the fastest counts.")
-    parser.add_argument("--json", action="store_true", help="Print JSON in place of the table.")
+    parser.add_argument("--json", type=Path, default=None, help="Write the numbers to this file too.")
     parser.add_argument("--measure", type=int, default=None, help=argparse.SUPPRESS)  # one form, in a process of its own; 0: plain
     return parser
 
@@ -80,8 +80,8 @@ def main(arguments: list[str]) -> int:
     for result in results:
         result |= {f"{name}_ratio": result[name] / plain[name] for name in ("extra_mib", "seconds")}
     if options.json:
-        print(json.dumps({"settings": vars(options), "results": results}, indent=2))
-        return 0
+        settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure")}
+        options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=2))
     print(f"{'form':>12}{'extra memory':>16}{'of plain':>10}{'time':>10}{'of plain':>10}")
     for row in results:
         form = f"{row['logits_mib']} MiB" if row["logits_mib"] else "plain"

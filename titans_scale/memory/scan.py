@@ -99,8 +99,8 @@ def memory_scan(
 
 
 def default_interval(num_chunks: int) -> int:
-    """Chunks between two states kept: as many states are then alive at once in a group as there are groups."""
-    return max(1, round(math.sqrt(num_chunks)))
+    """Chunks between two states kept: about as many in a group as there are groups, but four at least, since small groups cost time."""
+    return max(4, round(math.sqrt(num_chunks)))
 
 
 def _scan(tokens: _Tokens, states: list[Tensor], norm: list[Tensor], rule: Rule, length: int, interval: int) -> tuple[Tensor, list[Tensor]]:
