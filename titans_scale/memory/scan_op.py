@@ -69,7 +69,6 @@ class _Write(NamedTuple):
     raw: Surprise
     tape: SurpriseTape | tuple[OnlineChunk, list[Pass]]
     scaling: Scaling
-    scaled: Surprise
     left: list[Tensor]
 
 
@@ -81,17 +80,20 @@ class _Group(NamedTuple):
     tape: CoefficientsTape
     states: list[Tensor]
     """Before each chunk and after the last, (G + 1, M, 2O, I) a layer."""
+    written: list[Surprise]
+    """Of each chunk, scaled."""
     writes: list[_Write]
+    """Of each chunk; in the forward pass none."""
 
     def slices(self) -> list[tuple[int, int]]:
         """Chunks that are read at once: reads need no order."""
-        total = len(self.writes)
+        total = len(self.written)
         return [(first, min(first + READ_AT_ONCE, total)) for first in range(0, total, READ_AT_ONCE)]
 
     def reads(self, first: int, last: int) -> "_Reads":
         """What the reads of chunks first..last need, all in one leading dimension."""
-        writes = [write.scaled for write in self.writes[first:last]]
-        features, deltas = ([torch.cat(xs) for xs in zip(*lists, strict=True)] for lists in zip(*(w[:2] for w in writes), strict=True))
+        written = [surprise[:2] for surprise in self.written[first:last]]
+        features, deltas = ([torch.cat(xs) for xs in zip(*lists, strict=True)] for lists in zip(*written, strict=True))
         states = [x[first:last].flatten(0, 1) for x in self.states]
         return _Reads(self.tokens.q[first:last].flatten(0, 1), states, features, deltas, _flat(self.chunks, first, last))
 
@@ -126,7 +128,7 @@ def scan_chunks(
     for number, (begin, end) in enumerate(_groups(q.shape[2], length, interval)):
         for whole, state in zip(before, now, strict=False):
             whole[number] = state
-        group = _write_group(_Tokens(*(_loaded(x, begin, end, length) for x in tokens)), now, norm, rule)
+        group = _write_group(_Tokens(*(_loaded(x, begin, end, length) for x in tokens)), now, norm, rule, differentiable=False)
         y_group = _by_chunk(y, begin, end, length)
         for first, last in group.slices():
             of_reads, layers = read(*group.reads(first, last), rule.activation, _repeated(norm, last - first))
@@ -166,7 +168,11 @@ def scan_chunks_vjp(
     grad_norm = wide_norm and ResidualNorm(*(torch.zeros_like(x) for x in wide_norm))
     for number, (begin, end) in reversed(list(enumerate(_groups(q.shape[2], length, interval)))):
         group = _write_group(
-            _Tokens(*(_loaded(x, begin, end, length) for x in tokens)), [state[number] for state in before], wide_norm, rule
+            _Tokens(*(_loaded(x, begin, end, length) for x in tokens)),
+            [state[number] for state in before],
+            wide_norm,
+            rule,
+            differentiable=True,
         )
         of_group = [x[begin // length : end // length] for x in outputs]
         of_y = _loaded(grad_y, begin, end, length)
@@ -179,8 +185,8 @@ def scan_chunks_vjp(
     return grads, grad_states, [x.unflatten(0, q.shape[:2]).sum(0) for x in grad_norm or ()]
 
 
-def _write_group(tokens: _Tokens, states: list[Tensor], norm: ResidualNorm | None, rule: Rule) -> _Group:
-    """Run the writes: one step a chunk, the only sequential part."""
+def _write_group(tokens: _Tokens, states: list[Tensor], norm: ResidualNorm | None, rule: Rule, *, differentiable: bool) -> _Group:
+    """Run the writes: one step a chunk, the only sequential part. Keeps what their gradients need if `differentiable`."""
     step = effective_step(tokens.theta, tokens.eta, rule.write_rule)
     chunks, of_coefficients = chunk_coefficients(step, tokens.eta, tokens.alpha)
     along = [state.new_empty(len(tokens.k) + 1, *state.shape) for state in states]
@@ -198,7 +204,7 @@ def _write_group(tokens: _Tokens, states: list[Tensor], norm: ResidualNorm | Non
         pairwise(_layers(along)),
         strict=False,
     )
-    writes = []
+    written, writes = [], []
     tape: SurpriseTape | tuple[OnlineChunk, list[Pass]]
     for k, v, theta, chunk, chunk_earlier, limit, (now, after) in steps:
         if chunk_earlier is None:
@@ -210,8 +216,11 @@ def _write_group(tokens: _Tokens, states: list[Tensor], norm: ResidualNorm | Non
             raw, scaling = passes[-1].surprise, passes[-1].scaling
             scaled = raw if scaling.factor is None else raw.scaled(scaling.factor)
             tape = online, passes
-        writes.append(_Write(raw, tape, scaling, scaled, advance(now, scaled, chunk, after)))
-    return _Group(tokens, chunks, of_coefficients, along, writes)
+        written.append(scaled)
+        left = advance(now, scaled, chunk, after)
+        if differentiable:
+            writes.append(_Write(raw, tape, scaling, left))
+    return _Group(tokens, chunks, of_coefficients, along, written, writes)
 
 
 def _group_vjp(
@@ -249,7 +258,9 @@ def _group_vjp(
         for i in range(last - 1, first - 1, -1):
             grad_states, grad_features, grad_deltas = (x[i - first] for x in by_chunk)
             states, write = before[i], group.writes[i]
-            advance_vjp(grad_after, states, write.scaled, write.left, chunks[i], grad_states, grad_features, grad_deltas, grad_chunks[i])
+            advance_vjp(
+                grad_after, states, group.written[i], write.left, chunks[i], grad_states, grad_features, grad_deltas, grad_chunks[i]
+            )
             scale_surprise_vjp(grad_features, grad_deltas, write.raw, write.scaling)
             if isinstance(write.tape, SurpriseTape):
                 of_states = _weights(grad_states)
