@@ -64,7 +64,7 @@ def test_a_detached_state_stops_the_gradient():
 
 
 def test_the_probe_sees_every_memory_and_leaves_no_hook_behind():
-    memory, x = memory_and_tokens({})
+    memory, x = memory_and_tokens({"write_rule": "normalized"})
     plain, _ = memory(x)
     with MemoryProbe(memory) as probe:
         probed, _ = memory(x)
@@ -105,6 +105,18 @@ def test_the_probe_measures_the_inner_loss_it_says():
     assert metrics["inner_loss_before"] == pytest.approx(torch.stack(before).mean().item())
     assert metrics["inner_loss_after"] == pytest.approx(torch.stack(after).mean().item())
     assert metrics["surprise_norm"] == pytest.approx(surprises[-1].item())
+
+
+def test_the_pass_residual_falls_with_the_passes():
+    """As many passes as a chunk has tokens are exact, so that one more changes nothing."""
+    residuals = []
+    for passes in (1, 2, 8):
+        memory, x = memory_and_tokens({"write_rule": "online", "chunk_size": 8, "passes": passes, "max_step": 1.0})
+        with torch.no_grad(), MemoryProbe(memory) as probe:
+            memory(x)
+        residuals.append(probe.metrics()["pass_residual"])
+    assert residuals[0] > 3 * residuals[1] > 0
+    assert residuals[2] < 1e-12
 
 
 def test_heads_that_do_not_divide_get_a_sentence():

@@ -116,7 +116,7 @@ def test_few_states_are_kept_for_the_backward_pass():
         return max(shape[0] for shape in shapes if shape[1:] == (BATCH * HEADS, 2 * HIDDEN, DIM))
 
     assert kept(1) == chunks
-    assert kept(None) == chunks**0.5
+    assert 0.5 * chunks**0.5 < kept(None) < 1.5 * chunks**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

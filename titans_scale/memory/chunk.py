@@ -97,24 +97,17 @@ def layer_at_each_token_vjp(
     return grad_x, grad_state, grad_feature, grad_delta
 
 
-def advance(states: list[Tensor], written: Surprise, chunk: ChunkCoefficients, out: list[Tensor]) -> list[Tensor]:
-    """Weights and momentum after the chunk's last token, into `out`.
-
-    Returns what each token left in them, of every layer (M, C, 2O): `advance_vjp` needs it.
-    """
-    left = []
+def advance(states: list[Tensor], written: Surprise, chunk: ChunkCoefficients, out: list[Tensor]) -> None:
+    """Weights and momentum after the chunk's last token, into `out`."""
     for state, after, feature, delta in zip(states, out, written.features, written.deltas, strict=True):
         torch.bmm(chunk.decay_22, _as_pair(state), out=_as_pair(after))
-        left.append((delta.unsqueeze(-2) * chunk.into_C2.unsqueeze(-1)).flatten(-2))
-        after.baddbmm_(left[-1].mT, feature, alpha=-1)
-    return left
+        after.baddbmm_(_left(delta, chunk).mT, feature, alpha=-1)
 
 
 def advance_vjp(
     grad_after: list[Tensor],
     states: list[Tensor],
     written: Surprise,
-    left: list[Tensor],
     chunk: ChunkCoefficients,
     grad_states: list[Tensor],
     grad_features: list[Tensor],
@@ -130,7 +123,12 @@ def advance_vjp(
         to_weights, to_momentum = grad_left.unbind(-2)
         grad_deltas[layer].addcmul_(to_weights, into_weights, value=-1).addcmul_(to_momentum, into_momentum, value=-1)
         grad_chunk.into_C2.sub_((grad_left * written.deltas[layer].unsqueeze(-2)).sum(-1))
-        grad_features[layer].baddbmm_(left[layer], grad, alpha=-1)
+        grad_features[layer].baddbmm_(_left(written.deltas[layer], chunk), grad, alpha=-1)
+
+
+def _left(delta: Tensor, chunk: ChunkCoefficients) -> Tensor:
+    """What each token leaves in the weights and in the momentum at the chunk's end, (M, C, 2O)."""
+    return (delta.unsqueeze(-2) * chunk.into_C2.unsqueeze(-1)).flatten(-2)
 
 
 def _as_pair(state: Tensor) -> Tensor:

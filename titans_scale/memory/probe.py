@@ -13,7 +13,7 @@ from titans_scale.memory.mlp import surprise
 class MemoryProbe:
     """Context in which every call of a NeuralMemory is measured; `metrics` averages over layers, heads, tokens and calls.
 
-    Costs about three more scans a layer, so it is for a forward pass now and then, not for every step.
+    Costs about four more scans a layer, so it is for a forward pass now and then, not for every step.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,7 +32,8 @@ class MemoryProbe:
 
     def metrics(self) -> dict[str, float]:
         """inner_loss_before, inner_loss_after: |M(k_t) - v_t|^2 per head with the memory as token t found and as it left it;
-        surprise_norm: norm of the gradient of the last chunk's tokens; theta, eta, alpha: means; state_norm: norm of a head's weights.
+        surprise_norm: norm of the gradient of the last chunk's tokens; theta, eta, alpha: means; state_norm: norm of a head's weights;
+        pass_residual (online rule): how much one pass more would change the reads, relative to their norm.
         """
         if not self._records:
             return {}
@@ -59,14 +60,16 @@ class MemoryProbe:
             at_tail = memory.scan(k[:, :, :tail], k[:, :, :tail], v[:, :, :tail], early, scan)[1].weights
         wide_k, wide_v = k[:, :, tail:].to(at_tail[0].dtype), v[:, :, tail:].to(at_tail[0].dtype)
         last, _ = surprise(wide_k, wide_v, at_tail, memory.config.activation, memory.residual_norm())
-        self._records.append(
-            {
-                "inner_loss_before": (before - v).square().sum(-1).mean(),
-                "inner_loss_after": (after - v).square().sum(-1).mean(),
-                "surprise_norm": last.squared_norm().sqrt().mean(),
-                "theta_mean": gates.theta.mean(),
-                "eta_mean": gates.eta.mean(),
-                "alpha_mean": gates.alpha.mean(),
-                "state_norm": torch.stack([w.square().sum((-1, -2)) for w in output[1].scan.weights]).sum(0).sqrt().mean(),
-            }
-        )
+        record = {
+            "inner_loss_before": (before - v).square().sum(-1).mean(),
+            "inner_loss_after": (after - v).square().sum(-1).mean(),
+            "surprise_norm": last.squared_norm().sqrt().mean(),
+            "theta_mean": gates.theta.mean(),
+            "eta_mean": gates.eta.mean(),
+            "alpha_mean": gates.alpha.mean(),
+            "state_norm": torch.stack([w.square().sum((-1, -2)) for w in output[1].scan.weights]).sum(0).sqrt().mean(),
+        }
+        if memory.config.write_rule == "online":
+            once_more, _ = memory.scan(k, k, v, gates, scan, passes=memory.config.passes + 1)
+            record["pass_residual"] = (once_more - after).norm() / after.norm().clamp(min=torch.finfo(after.dtype).tiny)
+        self._records.append(record)

@@ -62,7 +62,7 @@ def memory_scan(
         norm: the memory is x + LayerNorm(MLP(x)).   max_inner_grad_norm: clip of every token's surprise.
         passes, curvature_margin: of the online rule: how often a chunk is gone through, and the bound of a token's own step (None: none).
         state_interval: chunks between two states kept for the backward pass, those between being recomputed; None: about the
-            square root of the number of chunks; 1: keep all.
+            square root of half the number of chunks, four at least; 1: keep all.
     Returns:
         y (B, H, T, D) in q's dtype, and the state after the last token in float32 (float64 where an input is).
     Raises:
@@ -99,8 +99,11 @@ def memory_scan(
 
 
 def default_interval(num_chunks: int) -> int:
-    """Chunks between two states kept: about as many in a group as there are groups, but four at least, since small groups cost time."""
-    return max(4, round(math.sqrt(num_chunks)))
+    """Chunks between two states kept, which are as many as there are groups; a chunk of the group at work takes the room of two.
+
+    Four at least, since small groups cost time.
+    """
+    return max(4, round(math.sqrt(num_chunks / 2)))
 
 
 def _scan(tokens: _Tokens, states: list[Tensor], norm: list[Tensor], rule: Rule, length: int, interval: int) -> tuple[Tensor, list[Tensor]]:

@@ -69,7 +69,6 @@ class _Write(NamedTuple):
     raw: Surprise
     tape: SurpriseTape | tuple[OnlineChunk, list[Pass]]
     scaling: Scaling
-    left: list[Tensor]
 
 
 class _Group(NamedTuple):
@@ -217,9 +216,9 @@ def _write_group(tokens: _Tokens, states: list[Tensor], norm: ResidualNorm | Non
             scaled = raw if scaling.factor is None else raw.scaled(scaling.factor)
             tape = online, passes
         written.append(scaled)
-        left = advance(now, scaled, chunk, after)
+        advance(now, scaled, chunk, after)
         if differentiable:
-            writes.append(_Write(raw, tape, scaling, left))
+            writes.append(_Write(raw, tape, scaling))
     return _Group(tokens, chunks, of_coefficients, along, written, writes)
 
 
@@ -258,9 +257,7 @@ def _group_vjp(
         for i in range(last - 1, first - 1, -1):
             grad_states, grad_features, grad_deltas = (x[i - first] for x in by_chunk)
             states, write = before[i], group.writes[i]
-            advance_vjp(
-                grad_after, states, group.written[i], write.left, chunks[i], grad_states, grad_features, grad_deltas, grad_chunks[i]
-            )
+            advance_vjp(grad_after, states, group.written[i], chunks[i], grad_states, grad_features, grad_deltas, grad_chunks[i])
             scale_surprise_vjp(grad_features, grad_deltas, write.raw, write.scaling)
             if isinstance(write.tape, SurpriseTape):
                 of_states = _weights(grad_states)
