@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_models import small_config
 
@@ -13,11 +13,12 @@ from titans_scale import TitansLM
 from titans_scale.memory import MemoryConfig, MemoryProbe, NeuralMemory, memory_scan
 
 DIM, HIDDEN, TOKENS = 32, 64, 4096
+EXAMPLES = 60
 GATES = [(0.1, 0.9), (0.5, 0.9), (1.0, 0.99), (2.0, 0.9), (2.0, 0.999)]
 KEYS = ["equal", "alternating", "random"]
 
 
-def largest_output(*, depth, theta, eta, keys, write_rule, chunk_size=64, length=TOKENS):
+def largest_output(*, depth, theta, eta, keys, write_rule, chunk_size=64, length=TOKENS, max_inner_grad_norm=None):
     """In float32, nothing forgotten, reading back what was written."""
     generator = torch.Generator().manual_seed(0)
     distinct = {"equal": 1, "alternating": 2, "random": length}[keys]
@@ -27,7 +28,8 @@ def largest_output(*, depth, theta, eta, keys, write_rule, chunk_size=64, length
     weights = [torch.randn(1, out, into, generator=generator) / into**0.5 for into, out in itertools.pairwise(widths)]
     gates = [torch.full((1, 1, length), value) for value in (theta, eta, 0.0)]
     with torch.no_grad():
-        y, _ = memory_scan(k, k, v, *gates, weights, chunk_size=chunk_size, write_rule=write_rule)
+        options = {"chunk_size": chunk_size, "write_rule": write_rule, "max_inner_grad_norm": max_inner_grad_norm}
+        y, _ = memory_scan(k, k, v, *gates, weights, **options)
     return y.abs().max().item()
 
 
@@ -63,8 +65,29 @@ def test_outer_gradients_through_a_long_sequence_stay_small():
 
 
 @pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("theta, eta", GATES)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_the_clipped_online_rule_stays_bounded(depth, theta, eta, keys):
+    """Looser than `normalized` where momentum lasts longer than a chunk: docs/stability.md has the numbers."""
+    limit = 15 if eta == 0.9 or depth == 1 else {2: 150, 4: 2e4}[depth]
+    assert largest_output(depth=depth, theta=theta, eta=eta, keys=keys, write_rule="online", max_inner_grad_norm=1.0) < limit
+
+
+@pytest.mark.parametrize("keys", KEYS)
 def test_the_plain_rule_does_not(keys):
     assert not largest_output(depth=2, theta=0.5, eta=0.9, keys=keys, write_rule="plain") < 1e3
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 0.9])
+def test_the_plain_rule_is_stable_on_equal_keys_while_two_theta_c_over_one_minus_eta_is_below_two(eta):
+    """The condition of docs/stability.md, for a linear memory. Above 2 momentum lags behind a chunk, so the other side is taken at 4."""
+
+    def largest(condition):
+        theta = condition * (1 - eta) / (2 * 64)
+        return largest_output(depth=1, theta=theta, eta=eta, keys="equal", write_rule="plain", chunk_size=64, length=8192)
+
+    assert largest(1.9) < 10
+    assert not largest(4.0) < 1e6
 
 
 def test_the_normalized_rule_does_not_slow_a_single_fact():
@@ -76,6 +99,67 @@ def test_the_normalized_rule_does_not_slow_a_single_fact():
     normalized, _ = memory_scan(k, k, v, 0.125 * gate, 0 * gate, 0 * gate, weights, write_rule="normalized")
     torch.testing.assert_close(plain, normalized)
     assert normalized[0, 0, 0, 0].item() == pytest.approx(0.25)
+
+
+EXTREME = [0.0, 1e-30, 1e-3, 0.1, 0.5, 0.9, 0.999, 1 - 2**-24, 1.0]
+"""Gates at the ends of their ranges and next to them; 1 - 2**-24 is the last float32 before 1."""
+
+
+def assert_a_scan_is_finite(*, depth, scale, gates, keys, dtype, chunk_size, **rule):
+    """Three chunks and a bit: outputs, weights, momentum, and the gradients of their sum in everything that goes in."""
+    generator = torch.Generator().manual_seed(0)
+    length, dim, hidden = 3 * chunk_size + 1, 8, 16
+    distinct = {"equal": 1, "alternating": 2, "random": length, "zero": length}[keys]
+    repeats = -(-length // distinct)
+
+    def tokens(size):
+        return torch.randn(1, 1, distinct, dim, generator=generator).repeat(1, 1, repeats, 1)[:, :, :length] * size
+
+    q, k = F.normalize(tokens(1.0), dim=-1), F.normalize(tokens(0.0 if keys == "zero" else 1.0), dim=-1)
+    inputs = [x.to(dtype) for x in (q, k, tokens(scale))] + [torch.full((1, 1, length), gate) for gate in gates]
+    widths = [dim, *[hidden] * (depth - 1), dim]
+    inputs += [torch.randn(1, out, into, generator=generator) / into**0.5 for into, out in itertools.pairwise(widths)]
+    inputs = [x.requires_grad_() for x in inputs]
+    y, state = memory_scan(*inputs[:6], inputs[6:], chunk_size=chunk_size, **rule)
+    results = [y, *state.weights, *state.momentum]
+    assert all(x.isfinite().all() for x in results)
+    gradients = torch.autograd.grad(sum(x.float().sum() for x in results), inputs)
+    assert all(x.isfinite().all() for x in gradients)
+
+
+whatever_comes = {
+    "gates": st.tuples(st.sampled_from([*EXTREME, 2.0]), st.sampled_from(EXTREME), st.sampled_from(EXTREME)),
+    "keys": st.sampled_from([*KEYS, "zero"]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "chunk_size": st.sampled_from([1, 16, 64]),
+}
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    depth=st.integers(1, 4),
+    scale=st.sampled_from([0.0, 1e-20, 1.0, 1e4, 1e6]),
+    rule=st.sampled_from(["normalized", "online"]),
+    passes=st.integers(1, 4),
+    **whatever_comes,
+)
+@example(depth=2, scale=1e4, rule="online", passes=2, gates=(1.0, 0.999, 1.0), keys="equal", dtype=torch.float32, chunk_size=64)
+@example(depth=4, scale=1e6, rule="online", passes=1, gates=(1.0, 0.999, 1.0), keys="equal", dtype=torch.float32, chunk_size=64)
+def test_a_clipped_scan_is_finite_whatever_comes_in(rule, **case):
+    assert_a_scan_is_finite(write_rule=rule, max_inner_grad_norm=1.0, **case)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    depth=st.integers(1, 4),
+    scale=st.sampled_from([0.0, 1e-20, 1.0]),
+    rule=st.sampled_from(["normalized", "online"]),
+    passes=st.integers(1, 4),
+    **whatever_comes,
+)
+@example(depth=1, scale=0.0, rule="online", passes=1, gates=(2.0, 0.0, 0.5), keys="equal", dtype=torch.float32, chunk_size=64)
+def test_without_the_clip_it_is_finite_for_values_of_order_one(rule, **case):
+    assert_a_scan_is_finite(write_rule=rule, **case)
 
 
 @settings(max_examples=40, deadline=None)

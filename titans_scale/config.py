@@ -35,7 +35,8 @@ class MemoryConfig:
     head_dim: int | None = None
     """Width of one head's keys, queries and values. null: model.dim / model.memory.num_heads."""
     chunk_size: int = 64
-    """Tokens whose gradients are all taken at the weights of the chunk's start (section 3.2). Larger is faster, coarser."""
+    """Tokens written together. Larger is faster; with write_rule plain and normalized also coarser, as their gradients are all taken at
+    the weights of the chunk's start (section 3.2)."""
     activation: Literal["silu", "gelu"] = "silu"
     """Non-linearity between the layers of the memory MLP."""
     momentum: bool = True
@@ -46,21 +47,21 @@ class MemoryConfig:
     """Length of the causal depthwise convolution after the q, k and v projections. 0: no convolution."""
     residual_norm: bool = False
     """Memory as x + LayerNorm(MLP(x)), the form of MIRAS and TTT, in place of the plain MLP."""
-    write_rule: Literal["plain", "normalized", "online"] = "normalized"
-    """How theta and the surprise become a step. plain: the paper's rule, can blow up. normalized: bounded by the chunk's own curvature.
-    online: every surprise at the weights one token earlier, so that the rule does not depend on chunk_size (docs/memory.md)."""
+    write_rule: Literal["plain", "normalized", "online"] = "online"
+    """How theta and the surprise become a step. online: every surprise at the weights one token earlier, whatever chunk_size is.
+    normalized: at the chunk's start, bounded by the chunk's own curvature. plain: the paper's rule, can blow up (docs/stability.md)."""
     passes: int = 1
-    """Passes over a chunk (online). More come closer to the token-by-token rule; chunk_size of them are exact."""
+    """Passes over a chunk (online). More come closer to the token-by-token rule; chunk_size of them are exact. One does in training."""
     curvature_margin: float | None = 4.0
     """How far a token's step stays below what its own curvature bears (online). null: no bound."""
     max_step: float = 0.1
-    """Upper bound of theta; theta is max_step * sigmoid(a linear function of the token). A deep memory at larger steps stays finite
-    but turns chaotic: gradients through thousands of tokens then explode (docs/memory.md)."""
-    max_inner_grad_norm: float | None = None
-    """Clip each token's surprise (the gradient of its inner loss) to this norm. null: no clip."""
+    """Upper bound of theta; theta is max_step * sigmoid(a linear function of the token), times 1 - eta with online and normalized. A deep
+    memory at larger steps stays finite but turns chaotic: gradients through thousands of tokens then explode (docs/stability.md)."""
+    max_inner_grad_norm: float | None = 1.0
+    """Clip each token's surprise (the gradient of its inner loss) to this norm: nothing else bounds the values. null: no clip."""
     state_interval: int | None = None
-    """Chunks between two states kept for the backward pass; those between are recomputed. null: about the square root of
-    the number of chunks, so that memory grows with the root of the length. 1: keep every state, recompute nothing."""
+    """Chunks between two states kept for the backward pass, which runs those between again. null: about the square root of half
+    the number of chunks, four at least, so that memory grows with the root of the length. 1: keep the state of every chunk."""
     backend: Literal["auto", "torch"] = "auto"
     """Implementation of the scan. auto: the fastest one that runs here."""
 

@@ -109,8 +109,10 @@ class NeuralMemory(nn.Module):
         """Values (B, H, T, D), and the convolution's tail."""
         return self._heads(self.v_proj(x_BTM), "v_conv", tail_BKI, unit=False)
 
-    def scan(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: ScanState | None) -> tuple[Tensor, ScanState]:
-        """`memory_scan` with this layer's initial weights and options."""
+    def scan(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: ScanState | None, *, passes: int | None = None
+    ) -> tuple[Tensor, ScanState]:
+        """`memory_scan` with this layer's initial weights and options, or with another number of passes."""
         config = self.config
         return memory_scan(
             q,
@@ -125,7 +127,7 @@ class NeuralMemory(nn.Module):
             write_rule=config.write_rule,
             norm=self.residual_norm(),
             max_inner_grad_norm=config.max_inner_grad_norm,
-            passes=config.passes,
+            passes=passes or config.passes,
             curvature_margin=config.curvature_margin,
             state_interval=config.state_interval,
         )
@@ -149,7 +151,11 @@ class NeuralMemory(nn.Module):
         return initial_weights(list(self.initial_weights), batch_size, torch.promote_types(first.dtype, torch.float32))
 
     def gates(self, x_BTM: Tensor) -> Gates:
-        """theta in (0, max_step), eta and alpha in (0, 1); eta and alpha are 0 where the option is off."""
+        """theta in (0, max_step), eta and alpha in (0, 1); eta and alpha are 0 where the option is off.
+
+        For the online rule theta has the factor 1 - eta, so that max_step bounds what a write comes to with all that momentum makes of
+        it; `normalized` has that factor in the rule.
+        """
 
         def gate(projection: nn.Linear | None) -> Tensor:
             if projection is None:
@@ -157,7 +163,9 @@ class NeuralMemory(nn.Module):
             logits = projection(x_BTM).mT
             return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))  # 1 - alpha needs the digits
 
-        return Gates(self.config.max_step * gate(self.theta_proj), gate(self.eta_proj), gate(self.alpha_proj))
+        eta = gate(self.eta_proj)
+        max_step = self.config.max_step * (1 - eta) if self.config.write_rule == "online" else self.config.max_step
+        return Gates(max_step * gate(self.theta_proj), eta, gate(self.alpha_proj))
 
     def _heads(self, x_BTI: Tensor, conv: str, tail_BKI: Tensor | None, *, unit: bool) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution and SiLU, then (B, H, T, D). The paper's 'SiLU on the q, k, v' and its convolutions."""

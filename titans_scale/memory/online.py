@@ -141,11 +141,16 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
         if layer < last:
             if before:
                 size = _squared_norm(features[layer], before.surprise.deltas[layer])
-                forward.append(_writes(chunk, _held(scale, chunk, size, before.surprise.error_BHTD)))
+                held = _held(scale, chunk, size, before.surprise.error_BHTD, before.surprise.features[last])
+                forward.append(_writes(chunk, held))
                 z.baddbmm_(grams[layer] * forward[layer].write_CC, before.surprise.deltas[layer], alpha=-1)
             hidden.append(activate_with_slope(z, chunk.activation))
             features.append(hidden[-1].value)
-    scale = _held_to_feature(scale, chunk, features[last]) if before else _first_scale(chunk, features, hidden, z)
+    if before is None:
+        scale = _first_scale(chunk, features, hidden, z)
+    else:
+        unknown = torch.zeros_like(z[..., 0])
+        scale = _held(scale, chunk, unknown, z, features[last])
     forward.append(_writes(chunk, scale))
     seen_CC = grams[-1] * forward[-1].write_CC
     start = None
@@ -162,15 +167,14 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
     backward: list[Writes] = []
     size = _squared_norm(features[last], delta)
     for layer in range(last, 0, -1):
-        scale = _held(scale, chunk, size, error)
+        scale = _held(scale, chunk, size, error, features[last])
         backward.insert(0, _writes(chunk, scale))
         grad = torch.bmm(chunk.as_pair(deltas[0]), chunk.states[layer])
         delta_grams.insert(0, torch.bmm(deltas[0], deltas[0].mT))
         unsloped.insert(0, grad.baddbmm_(delta_grams[0] * backward[0].write_CC, features[layer], alpha=-1))
         deltas.insert(0, unsloped[0] * hidden[layer - 1].slope)
         size = size + _squared_norm(features[layer - 1], deltas[0])
-    clip = None if chunk.max_norm is None else clip_factor(size, chunk.max_norm)
-    scaling = _scaling(chunk, size, error, clip)
+    scaling = _scaling(chunk, size, error, features[last])
     return Pass(Surprise(features, deltas, error), scaling, forward, backward, hidden, both, grams, delta_grams, unsloped, start, z)
 
 
@@ -273,37 +277,28 @@ def _solve_transposed(seen_CC: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular((2 * seen_CC).mT, right, upper=True, unitriangular=True)
 
 
-def _scaling(chunk: OnlineChunk, squared_norm: Tensor, error: Tensor, clip: Tensor | None) -> Scaling:
-    """The clip, times the local factor."""
+def _scaling(chunk: OnlineChunk, size: Tensor, error: Tensor, feature: Tensor) -> Scaling:
+    """The clip, times the local factor. size is |g|^2, feature the last layer's."""
+    clip = None if chunk.max_norm is None else clip_factor(size, chunk.max_norm)
     if chunk.limit_C is None:
         return Scaling(clip, clip)
-    tiny = torch.finfo(error.dtype).tiny
-    local = 1 / (chunk.limit_C * squared_norm / (error.square().sum(-1) + tiny)).clamp(min=1.0)
+    curvature = size / (error.square().sum(-1) + torch.finfo(error.dtype).tiny)
+    if chunk.norm is None:  # |g|^2 / |e|^2 >= |feature|^2, also where the squares of tiny errors are rounded to zero
+        curvature = torch.maximum(curvature, feature.square().sum(-1))
+    local = 1 / (chunk.limit_C * curvature).clamp(min=1.0)
     return Scaling(local if clip is None else local * clip, clip)
 
 
 @torch.no_grad()
-def _held(scale: Tensor | None, chunk: OnlineChunk, size: Tensor, error: Tensor) -> Tensor | None:
-    """A scale that some tokens' writes got before their features and deltas were known, brought down to what those bear.
+def _held(scale: Tensor | None, chunk: OnlineChunk, size: Tensor, error: Tensor, feature: Tensor) -> Tensor | None:
+    """A scale that the writes got before their features and deltas were known, brought down to what those bear.
 
-    Where they have grown meanwhile, each layer would make them grow further, to infinity in a few. size is |g|^2 as far as it is
-    known, never more than the whole: once the passes have converged nothing is held. A constant to the outer gradient.
+    Where they have grown meanwhile, each layer would make them grow further, to infinity in a few, and the solve from token to token.
+    size is |g|^2 as far as it is known, never more than the whole: once the passes have converged nothing is held. A constant to the
+    outer gradient.
     """
-    if scale is None:
-        return None
-    clip = None if chunk.max_norm is None else clip_factor(size, chunk.max_norm)
-    bound = _scaling(chunk, size, error, clip).factor
-    return scale if bound is None else torch.minimum(scale, bound)
-
-
-@torch.no_grad()
-def _held_to_feature(scale: Tensor | None, chunk: OnlineChunk, feature: Tensor) -> Tensor | None:
-    """The same before the last layer's deltas are known. Without a norm they are the errors, so that |g|^2 / |e|^2 >= |feature|^2:
-    where a scale is too large for that the solve would grow from token to token. With a norm there is no solve.
-    """
-    if scale is None or chunk.limit_C is None or chunk.norm is not None:
-        return scale
-    return torch.minimum(scale, 1 / (chunk.limit_C * feature.square().sum(-1)).clamp(min=1.0))
+    bound = _scaling(chunk, size, error, feature).factor
+    return scale if scale is None or bound is None else torch.minimum(scale, bound)
 
 
 def _first_scale(chunk: OnlineChunk, features: list[Tensor], hidden: list[Activated], z_last: Tensor) -> Tensor | None:
@@ -322,5 +317,4 @@ def _first_scale(chunk: OnlineChunk, features: list[Tensor], hidden: list[Activa
         gain = (hidden[layer - 1].slope.square() * weights.square().mean(-2, keepdim=True)).sum(-1)
         delta_squared = delta_squared * gain
         squared_norm = squared_norm + features[layer - 1].square().sum(-1) * delta_squared
-    clip = None if chunk.max_norm is None else clip_factor(squared_norm, chunk.max_norm)
-    return _scaling(chunk, squared_norm, error, clip).factor
+    return _scaling(chunk, squared_norm, error, features[-1]).factor

@@ -1,7 +1,7 @@
 """How a chunk's surprise becomes steps that cannot blow up.
 
 All gradients of a chunk are taken at its start, so equal keys add up, and momentum multiplies what they add up to: the plain
-rule diverges as soon as the step is large for the curvature (docs/memory.md, 'Stability'). The factors here are causal: that of
+rule diverges as soon as the step is large for the curvature (docs/stability.md). The factors here are causal: that of
 token t depends on the chunk's tokens up to t alone.
 
 Shape letters: B batch, H memory heads, C tokens of a chunk.

@@ -58,7 +58,14 @@ def our_layer() -> NeuralMemory:
 
 def memory_config() -> MemoryConfig:
     return MemoryConfig(
-        depth=DEPTH, expansion=EXPANSION, num_heads=HEADS, head_dim=HEAD_DIM, chunk_size=CHUNK, write_rule="plain", residual_norm=False
+        depth=DEPTH,
+        expansion=EXPANSION,
+        num_heads=HEADS,
+        head_dim=HEAD_DIM,
+        chunk_size=CHUNK,
+        write_rule="plain",
+        residual_norm=False,
+        max_inner_grad_norm=None,
     )
 
 
