@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from titans_scale import TitansLM
 from titans_scale.memory.flops import chunk_flops
-from titans_scale.memory.scan_op import Rule, scan_chunks, scan_chunks_vjp
+from titans_scale.memory.groups import Rule, scan_chunks, scan_chunks_vjp
 from titans_scale.models.flops import flops_per_token, forward_flops, training_flops
 from titans_scale.models.plans import decay_groups, fsdp_groups, num_parameters, parameters_by_part
 

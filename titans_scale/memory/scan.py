@@ -3,31 +3,21 @@
 Shape letters: B batch, H memory heads, T tokens, N chunks, C tokens of a chunk, D head dimension, O/I a layer's output and input width.
 Source: Titans (arXiv 2501.00663) section 3.2 for one layer; docs/memory.md derives it for momentum and any depth.
 
-The only sequential work is one step a chunk. titans_scale/memory/scan_op.py has the loop and its gradients, as one operator of torch.
+The only sequential work is one step a chunk. titans_scale/memory/groups.py has the loop and its gradients, scan_op.py makes
+one operator of torch of it.
 """
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from titans_scale.memory.groups import Rule, Tokens
 from titans_scale.memory.mlp import Activation, ResidualNorm
-from titans_scale.memory.scan_op import Rule, scan_op
+from titans_scale.memory.scan_op import scan_op
 from titans_scale.memory.state import OpenChunk, ScanState, initial_weights
 from titans_scale.memory.write_rule import WriteRule
-
-
-class _Tokens(NamedTuple):
-    """What the rule needs of each token: (B, H, T, D) and (B, H, T)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    theta: Tensor
-    eta: Tensor
-    alpha: Tensor
 
 
 def memory_scan(
@@ -71,7 +61,7 @@ def memory_scan(
     _check(q, k, v, (theta, eta, alpha), weights, chunk_size, backend)
     batch_size, _, length, _ = q.shape
     dtype = _compute_dtype(q, k, v, theta, eta, alpha, *weights)
-    tokens = _Tokens(*(x.to(dtype) for x in (q, k, v, theta, eta, alpha)))
+    tokens = Tokens(*(x.to(dtype) for x in (q, k, v, theta, eta, alpha)))
     scales = [x.to(dtype) for x in norm or ()]
     rule = Rule(chunk_size, activation, write_rule, max_inner_grad_norm, passes, curvature_margin)
     if state is None:
@@ -84,7 +74,7 @@ def memory_scan(
     total = tokens.k.shape[2]
     states = [torch.cat(pair, dim=-2) for pair in zip(now, momentum, strict=True)]
     rest_length = total % chunk_size
-    whole, rest = (_Tokens(*pieces) for pieces in zip(*(x.split([total - rest_length, rest_length], dim=2) for x in tokens), strict=True))
+    whole, rest = (Tokens(*pieces) for pieces in zip(*(x.split([total - rest_length, rest_length], dim=2) for x in tokens), strict=True))
     outputs = []
     if total > rest_length:
         interval = state_interval or default_interval(total // chunk_size)
@@ -106,7 +96,7 @@ def default_interval(num_chunks: int) -> int:
     return max(4, round(math.sqrt(num_chunks / 2)))
 
 
-def _scan(tokens: _Tokens, states: list[Tensor], norm: list[Tensor], rule: Rule, length: int, interval: int) -> tuple[Tensor, list[Tensor]]:
+def _scan(tokens: Tokens, states: list[Tensor], norm: list[Tensor], rule: Rule, length: int, interval: int) -> tuple[Tensor, list[Tensor]]:
     """Tokens in chunks of `length`: y and the states after them."""
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *states, *norm))
     y, *results = scan_op(*tokens, states, norm, *rule, length, interval, keep)
@@ -119,10 +109,10 @@ def _apart(states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return list(weights), list(momentum)
 
 
-def _with_open_chunk(earlier: OpenChunk, tokens: _Tokens) -> _Tokens:
+def _with_open_chunk(earlier: OpenChunk, tokens: Tokens) -> Tokens:
     """The open chunk is computed again from its start, with the new tokens behind it; nobody reads at the old ones."""
     unread = torch.zeros_like(earlier.k_BHRD)
-    return _Tokens(*(torch.cat((old.to(new.dtype), new), dim=2) for old, new in zip((unread, *earlier), tokens, strict=True)))
+    return Tokens(*(torch.cat((old.to(new.dtype), new), dim=2) for old, new in zip((unread, *earlier), tokens, strict=True)))
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
