@@ -1,7 +1,6 @@
 """Sliding-window attention's CPU time and memory, as it runs on any device, beside the masked square of all pairs of tokens."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,6 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="256 tokens, once: shows that it works, not how fast it is")
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     options = parser.parse_args(arguments)
+    if min(*options.tokens, options.window, options.heads, options.repeats, options.threads) < 1:
+        parser.error("--tokens, --window, --heads, --repeats and --threads must be at least 1")
     if options.quick:
         options.tokens, options.window, options.repeats = [256], 64, 1
 
@@ -25,9 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = benchmark_attention(
         tokens=options.tokens, window=options.window, heads=options.heads, repeats=options.repeats, threads=options.threads
     )
-    print(report.markdown())
-    if options.json:
-        options.json.write_text(json.dumps(report.to_dict(), indent=2))
+    report.publish(options.json)
     return 0
 
 

@@ -80,8 +80,11 @@ def main(arguments: list[str]) -> int:
     for result in results:
         result |= {f"{name}_ratio": result[name] / plain[name] for name in ("extra_mib", "seconds")}
     if options.json:
+        from titans_scale.data.files import atomic_write  # not for --help
+
         settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure")}
-        options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=2))
+        with atomic_write(options.json) as file:
+            file.write(json.dumps({"settings": settings, "results": results}, indent=2).encode())
     print(f"{'form':>12}{'extra memory':>16}{'of plain':>10}{'time':>10}{'of plain':>10}")
     for row in results:
         form = f"{row['logits_mib']} MiB" if row["logits_mib"] else "plain"

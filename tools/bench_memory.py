@@ -1,7 +1,6 @@
 """The memory layer's CPU time and memory beside titans-pytorch's, and the scan's share of the machine's matrix-product peak."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -27,10 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = profile_memory(options.tokens[0])
     else:
         report = benchmark_memory(tokens=options.tokens, longest=options.longest, peers=not options.skip_peers, repeats=options.repeats)
-    print(report.markdown())
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report.to_dict(), indent=2))
+    report.publish(options.json)
     return 0
 
 

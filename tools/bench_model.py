@@ -1,7 +1,6 @@
 """Training steps of small MAC, MAG, MAL and LMM models beside titans-pytorch's MAC and a plain transformer: tokens a second, memory."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -36,10 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = benchmark_models(
             names=names, tokens=options.tokens, longest=options.longest, repeats=options.repeats, threads=options.threads
         )
-    print(report.markdown())
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report.to_dict(), indent=2))
+    report.publish(options.json)
     return 0
 
 

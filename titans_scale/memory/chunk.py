@@ -71,9 +71,20 @@ def read_vjp(
 
 def layer_at_each_token(x_MCI: Tensor, state: Tensor, feature: Tensor, delta: Tensor, chunk: ChunkCoefficients) -> Tensor:
     """x_t through the layer's weights as they stand at token t: start W x + carry S x - sum_i write_ti (x . feature_i) delta_i."""
-    from_weights, from_momentum = torch.bmm(x_MCI, state.mT).chunk(2, dim=-1)
-    z = (from_weights * chunk.start_C.unsqueeze(-1)).addcmul_(from_momentum, chunk.carry_C.unsqueeze(-1))
+    z, _ = through_state(x_MCI, state, chunk)
     return z.baddbmm_(torch.bmm(x_MCI, feature.mT).mul_(chunk.write_CC), delta, alpha=-1)
+
+
+def through_state(x_MCI: Tensor, state: Tensor, chunk: ChunkCoefficients) -> tuple[Tensor, Tensor]:
+    """start W x + carry S x, and the products with weights and momentum side by side, (M, C, 2O)."""
+    both = torch.bmm(x_MCI, state.mT)
+    from_weights, from_momentum = both.chunk(2, dim=-1)
+    return (from_weights * chunk.start_C.unsqueeze(-1)).addcmul_(from_momentum, chunk.carry_C.unsqueeze(-1)), both
+
+
+def side_by_side(x_MCO: Tensor, pair_MC2: Tensor) -> Tensor:
+    """x times the first and x times the second of each token's pair, (M, C, 2O)."""
+    return (x_MCO.unsqueeze(-2) * pair_MC2.unsqueeze(-1)).flatten(-2)
 
 
 def layer_at_each_token_vjp(
@@ -92,8 +103,7 @@ def layer_at_each_token_vjp(
     grad_chunk.start_C.add_((through_weights * x_MCI).sum(-1))
     grad_chunk.carry_C.add_((through_momentum * x_MCI).sum(-1))
     grad_x = through_weights.mul_(start).addcmul_(through_momentum, carry).baddbmm_(grad_alike, feature, alpha=-1)
-    pair = torch.stack((chunk.start_C, chunk.carry_C), dim=-1)
-    grad_state = torch.bmm((grad_z.unsqueeze(-2) * pair.unsqueeze(-1)).flatten(-2).mT, x_MCI)
+    grad_state = torch.bmm(side_by_side(grad_z, torch.stack((chunk.start_C, chunk.carry_C), dim=-1)).mT, x_MCI)
     return grad_x, grad_state, grad_feature, grad_delta
 
 
@@ -101,7 +111,7 @@ def advance(states: list[Tensor], written: Surprise, chunk: ChunkCoefficients, o
     """Weights and momentum after the chunk's last token, into `out`."""
     for state, after, feature, delta in zip(states, out, written.features, written.deltas, strict=True):
         torch.bmm(chunk.decay_22, _as_pair(state), out=_as_pair(after))
-        after.baddbmm_(_left(delta, chunk).mT, feature, alpha=-1)
+        after.baddbmm_(side_by_side(delta, chunk.into_C2).mT, feature, alpha=-1)
 
 
 def advance_vjp(
@@ -123,12 +133,7 @@ def advance_vjp(
         to_weights, to_momentum = grad_left.unbind(-2)
         grad_deltas[layer].addcmul_(to_weights, into_weights, value=-1).addcmul_(to_momentum, into_momentum, value=-1)
         grad_chunk.into_C2.sub_((grad_left * written.deltas[layer].unsqueeze(-2)).sum(-1))
-        grad_features[layer].baddbmm_(_left(written.deltas[layer], chunk), grad, alpha=-1)
-
-
-def _left(delta: Tensor, chunk: ChunkCoefficients) -> Tensor:
-    """What each token leaves in the weights and in the momentum at the chunk's end, (M, C, 2O)."""
-    return (delta.unsqueeze(-2) * chunk.into_C2.unsqueeze(-1)).flatten(-2)
+        grad_features[layer].baddbmm_(side_by_side(written.deltas[layer], chunk.into_C2), grad, alpha=-1)
 
 
 def _as_pair(state: Tensor) -> Tensor:

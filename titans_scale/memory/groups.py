@@ -189,7 +189,7 @@ def _write_group(tokens: Tokens, states: list[Tensor], norm: ResidualNorm | None
     for whole, state in zip(along, states, strict=True):
         whole[0] = state
     earlier = _one_by_one(one_token_earlier(chunks)) if rule.write_rule == "online" else repeat(None)
-    limits = step_limit(tokens.theta, tokens.eta, rule.margin)
+    limits = step_limit(tokens.theta, tokens.eta, rule.margin) if rule.write_rule == "online" else None
     steps = zip(
         tokens.k.unbind(),
         tokens.v.unbind(),

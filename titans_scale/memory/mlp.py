@@ -35,7 +35,7 @@ class Surprise(NamedTuple):
     def squared_norm(self) -> Tensor:
         """|g_t|^2 of every token over all layers, (..., T)."""
         pairs = zip(self.features, self.deltas, strict=True)
-        return torch.stack([h.square().sum(-1) * delta.square().sum(-1) for h, delta in pairs]).sum(0)
+        return torch.stack([outer_squared_norm(feature, delta) for feature, delta in pairs]).sum(0)
 
     def gram(self) -> Tensor:
         """<g_t, g_s> of every pair of tokens over all layers, (..., T, T)."""
@@ -72,6 +72,11 @@ class SurpriseTape(NamedTuple):
     """Their deltas before the slope: deltas[l + 1] @ weights[l + 1]."""
     z: Tensor
     """Output of the last layer, before the residual and the norm."""
+
+
+def outer_squared_norm(feature: Tensor, delta: Tensor) -> Tensor:
+    """|delta_t (x) feature_t|^2 of every token, (..., T): one layer's part of |g_t|^2."""
+    return feature.square().sum(-1) * delta.square().sum(-1)
 
 
 def activate(z: Tensor, activation: Activation) -> Tensor:

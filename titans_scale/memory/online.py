@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titans_scale.memory.chunk import side_by_side, through_state
 from titans_scale.memory.coefficients import ChunkCoefficients
 from titans_scale.memory.mlp import (
     Activated,
@@ -23,6 +24,7 @@ from titans_scale.memory.mlp import (
     activate_with_slope,
     error_and_delta,
     error_and_delta_vjp,
+    outer_squared_norm,
 )
 from titans_scale.memory.write_rule import Scaling, clip_factor, scale_vjp
 
@@ -43,15 +45,11 @@ class OnlineChunk(NamedTuple):
 
     def from_state(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's output as far as it comes from the state at the chunk's start, and its products with weights and momentum."""
-        both = torch.bmm(x, self.states[layer].mT)
-        weights, momentum = both.chunk(2, dim=-1)
-        start, carry = self.earlier.start_C.unsqueeze(-1), self.earlier.carry_C.unsqueeze(-1)
-        return (weights * start).addcmul_(momentum, carry), both
+        return through_state(x, self.states[layer], self.earlier)
 
     def as_pair(self, delta: Tensor) -> Tensor:
         """A delta as it meets weights and momentum, (M, C, 2O)."""
-        pair = torch.stack((self.earlier.start_C, self.earlier.carry_C), dim=-1)
-        return (delta.unsqueeze(-2) * pair.unsqueeze(-1)).flatten(-2)
+        return side_by_side(delta, torch.stack((self.earlier.start_C, self.earlier.carry_C), dim=-1))
 
 
 class Writes(NamedTuple):
@@ -140,7 +138,7 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
             grams.append(torch.bmm(features[layer], features[layer].mT))
         if layer < last:
             if before:
-                size = _squared_norm(features[layer], before.surprise.deltas[layer])
+                size = outer_squared_norm(features[layer], before.surprise.deltas[layer])
                 held = _held(scale, chunk, size, before.surprise.error_BHTD, before.surprise.features[last])
                 forward.append(_writes(chunk, held))
                 z.baddbmm_(grams[layer] * forward[layer].write_CC, before.surprise.deltas[layer], alpha=-1)
@@ -165,7 +163,7 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
     unsloped: list[Tensor] = []
     delta_grams: list[Tensor] = []
     backward: list[Writes] = []
-    size = _squared_norm(features[last], delta)
+    size = outer_squared_norm(features[last], delta)
     for layer in range(last, 0, -1):
         scale = _held(scale, chunk, size, error, features[last])
         backward.insert(0, _writes(chunk, scale))
@@ -173,7 +171,7 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
         delta_grams.insert(0, torch.bmm(deltas[0], deltas[0].mT))
         unsloped.insert(0, grad.baddbmm_(delta_grams[0] * backward[0].write_CC, features[layer], alpha=-1))
         deltas.insert(0, unsloped[0] * hidden[layer - 1].slope)
-        size = size + _squared_norm(features[layer - 1], deltas[0])
+        size = size + outer_squared_norm(features[layer - 1], deltas[0])
     scaling = _scaling(chunk, size, error, features[last])
     return Pass(Surprise(features, deltas, error), scaling, forward, backward, hidden, both, grams, delta_grams, unsloped, start, z)
 
@@ -257,11 +255,6 @@ def _from_pair_vjp(grad: Tensor, delta: Tensor, layer: int, chunk: OnlineChunk, 
 
 def _writes(chunk: OnlineChunk, scale: Tensor | None) -> Writes:
     return Writes(scale, _columns(chunk.earlier.write_CC, scale))
-
-
-def _squared_norm(feature: Tensor, delta: Tensor) -> Tensor:
-    """Of the gradient in one layer's weights, of every token."""
-    return feature.square().sum(-1) * delta.square().sum(-1)
 
 
 def _columns(matrix_CC: Tensor, scale_C: Tensor | None) -> Tensor:

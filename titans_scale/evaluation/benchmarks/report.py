@@ -1,6 +1,7 @@
 """What a benchmark found: tables of numbers, targets met or missed, and remarks, for people (Markdown) and for machines (JSON)."""
 
 import importlib.util
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from titans_scale.data.files import atomic_write
 
 INSTALL_PEERS = "titans-pytorch is not installed, so only our own columns are here; `pip install -e .[bench]` brings it."
 Row = dict[str, Any]
@@ -50,6 +53,13 @@ class Report:
             "targets": [target.row() | {"met": target.met} for target in self.targets],
             "notes": self.notes,
         }
+
+    def publish(self, file: Path | None) -> None:
+        """Print it, and write the numbers to a JSON file, if one is wanted."""
+        print(self.markdown())
+        if file is not None:
+            with atomic_write(file) as whole:
+                whole.write(json.dumps(self.to_dict(), indent=2).encode())
 
     def markdown(self) -> str:
         """The same as text that can go into a page of docs/ as it is."""

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from titans_scale.config import MemoryConfig
+from titans_scale.data.files import atomic_write
 from titans_scale.evaluation.write_rules.training import Recipe, Run, Text, byte_model, loss_with, train
 from titans_scale.memory.write_rule import WriteRule
 
@@ -104,8 +105,8 @@ def run_study(name: str, file: Path, *, cases: Iterable[str] | None = None, step
         rows = read_study(file) if file.exists() else {}
         rows[case] = row
         ordered = {key: rows[key] for key in study.cases if key in rows}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(_rounded(ordered)) + "\n")
+        with atomic_write(file) as whole:
+            whole.write((json.dumps(_rounded(ordered)) + "\n").encode())
         say(f"{case}: {run.stopped or row['held_out_loss']}")
 
 
