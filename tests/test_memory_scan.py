@@ -168,6 +168,8 @@ def test_low_precision_inputs_are_scanned_in_float32():
         (lambda a: {"weights": []}, "list of"),
         (lambda a: {"backend": "cuda"}, "no backend 'cuda'"),
         (lambda a: {"chunk_size": 0}, "chunk_size is 0"),
+        (lambda a: {"write_rule": "onlin"}, "no write_rule 'onlin'"),
+        (lambda a: {"write_rule": "online", "passes": 0}, "passes is 0"),
     ],
 )
 def test_what_does_not_fit_gets_a_sentence(change, words):

@@ -67,6 +67,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
+    if min(options.tokens, options.vocab, options.dim, options.repeats, *options.logits_mib) < 1:
+        parser().error("--tokens, --vocab, --dim, --repeats and --logits_mib must be at least 1")
     if options.measure is not None:
         print(json.dumps(measure(options)))
         return 0
@@ -79,17 +81,16 @@ def main(arguments: list[str]) -> int:
     plain = results[0]
     for result in results:
         result |= {f"{name}_ratio": result[name] / plain[name] for name in ("extra_mib", "seconds")}
-    if options.json:
-        from titans_scale.data.files import atomic_write  # not for --help
-
-        settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure")}
-        with atomic_write(options.json) as file:
-            file.write(json.dumps({"settings": settings, "results": results}, indent=2).encode())
     print(f"{'form':>12}{'extra memory':>16}{'of plain':>10}{'time':>10}{'of plain':>10}")
     for row in results:
         form = f"{row['logits_mib']} MiB" if row["logits_mib"] else "plain"
         memory, seconds = f"{row['extra_mib']:,.0f} MiB", f"{row['seconds']:.2f} s"
         print(f"{form:>12}{memory:>16}{row['extra_mib_ratio']:>10.3f}{seconds:>10}{row['seconds_ratio']:>10.3f}")
+    if options.json:
+        from titans_scale.evaluation.benchmarks.report import write_json  # imports torch: not for --help
+
+        settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure")}
+        write_json(options.json, {"settings": settings, "results": results})
     return 0
 
 

@@ -9,6 +9,7 @@ one operator of torch of it.
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from titans_scale.memory.mlp import Activation, ResidualNorm
 from titans_scale.memory.scan_op import scan_op
 from titans_scale.memory.state import OpenChunk, ScanState, initial_weights
 from titans_scale.memory.write_rule import WriteRule
+
+WRITE_RULES = get_args(WriteRule)
 
 
 def memory_scan(
@@ -59,6 +62,10 @@ def memory_scan(
         ValueError: shapes that do not fit each other, no tokens, or an unknown option.
     """
     _check(q, k, v, (theta, eta, alpha), weights, chunk_size, backend)
+    if write_rule not in WRITE_RULES:
+        raise ValueError(f"memory_scan has no write_rule {write_rule!r}; choose one of {', '.join(WRITE_RULES)}")
+    if passes < 1:
+        raise ValueError(f"passes is {passes}; the online rule needs at least one")
     batch_size, _, length, _ = q.shape
     dtype = _compute_dtype(q, k, v, theta, eta, alpha, *weights)
     tokens = Tokens(*(x.to(dtype) for x in (q, k, v, theta, eta, alpha)))

@@ -58,8 +58,7 @@ class Report:
         """Print it, and write the numbers to a JSON file, if one is wanted."""
         print(self.markdown())
         if file is not None:
-            with atomic_write(file) as whole:
-                whole.write(json.dumps(self.to_dict(), indent=2).encode())
+            write_json(file, self.to_dict())
 
     def markdown(self) -> str:
         """The same as text that can go into a page of docs/ as it is."""
@@ -69,6 +68,15 @@ class Report:
         if self.targets:
             parts.append(f"**Targets**\n\n{table([target.row() for target in self.targets])}")
         return "\n\n".join([*parts, *self.notes])
+
+
+def write_json(file: Path, numbers: dict[str, Any]) -> None:
+    """Whole or not at all. Where it cannot be written, one sentence ends the program: the numbers have been printed by then."""
+    try:
+        with atomic_write(file) as whole:
+            whole.write(json.dumps(numbers, indent=2).encode())
+    except OSError as error:
+        raise SystemExit(f"cannot write {file}: {error.strerror}; the numbers are above") from error
 
 
 def table(rows: Sequence[Row]) -> str:
