@@ -62,7 +62,7 @@ def test_help_shows_the_meaning_and_the_default_of_every_field(monkeypatch):
     shown = " ".join(config_parser(prog="train").format_help().split())
     for key, document, default in leaf_fields(TitansConfig):
         shown_default = re.escape("null" if default is None else str(default))
-        entry = rf"--{re.escape(key)} \S+ {re.escape(document)} \(type: .{{1,60}}, default: {shown_default}\)"
+        entry = rf"--{re.escape(key)} \S+(, --{re.escape(key)}\+ \S+)? {re.escape(document)} \(type: .{{1,60}}, default: {shown_default}\)"
         assert re.search(entry, shown), key
 
 

@@ -6,6 +6,8 @@ This is the lowest floor of the package: it imports nothing of ours, and no torc
 import dataclasses
 import difflib
 import json
+import math
+import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,17 +133,80 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    path: str = ""
+    """Folder or URL of its shards, as data.path."""
+    weight: float = 1.0
+    """Its share of the tokens trained on, relative to the other sources' weights."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Token shards (WebDataset tars with an index), made by tools/make_shards.py."""
 
     path: str = "data/tokens"
-    """Folder with the splits train/ and validation/, each a set of shards with its index.json."""
+    """Folder with the splits train/ and validation/, each a set of shards with its index.json. Also https://HOST/FOLDER, or
+    pipe:COMMAND with {} where a file's name in that folder goes."""
+    sources: dict[str, SourceConfig] | None = None
+    """Several such folders, mixed by weight, in place of path:
+    {web: {path: data/web, weight: 0.8}, books: {path: data/books, weight: 0.2}}. null: path alone."""
+    format: Literal["tokens", "webdataset"] = "tokens"
+    """tokens: our shards. webdataset: tars written by others, whose members .txt, .json or .npy are documents; turned into shards once."""
+    tokenizer: str | None = None
+    """For format webdataset: "byte", a SentencePiece model, a tokenizer.json or its folder. Shards bring their own."""
+    text_key: str = "text"
+    """For format webdataset: the key of a .json member that holds its text."""
+    cache_dir: str | None = None
+    """Where remote shards, and shards made of others' tars, are kept. null: ~/.cache/titans_scale."""
+    cache_gib: float | None = None
+    """Room for remote shards there, in GiB: the least recently used go first. null: all are kept."""
+    reset_at_document: bool = False
+    """Begin anew at each document of a packed sequence: attention does not look back over its start, and the memory forgets what was
+    before."""
     shuffle: bool = True
     """Draw the samples of an epoch in a random order that is a function of (data.seed, epoch) alone."""
+    shuffle_window: int = 65536
+    """Samples that are shuffled together, once the shards' own order is drawn. Larger mixes better, smaller keeps fewer shards in use."""
     seed: int = 0
     """Seed of that order."""
+    skip_steps: list[tuple[int, int]] | None = None
+    """Steps whose batches are left out, as [first, last] pairs, both included: [[1200, 1250]] goes on with the batch of step 1251.
+    null: none."""
     num_workers: int = 0
     """Processes a rank that read ahead. 0: the trainer reads by itself. The order does not depend on it."""
+    verify: Literal["size", "hash"] = "size"
+    """What of a shard is checked against the index: its size at the start, or also its SHA-256 when it is first opened."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """When a sample cannot be read after all retries. raise: stop and name it. skip: go on without its targets, and count it."""
+    retries: int = 5
+    """Further attempts to read or fetch what failed, with growing waits between them."""
+    retry_seconds: float = 0.5
+    """First of those waits; each is about twice the one before, a minute at most."""
+    timeout_seconds: float = 60.0
+    """How long a remote may stay silent before an attempt counts as failed."""
+
+    def __post_init__(self) -> None:
+        _require(self.sources is None or bool(self.sources), "data.sources is empty; name at least one source, or leave it out")
+        for name, source in (self.sources or {}).items():
+            _require(source.path != "", f"data.sources.{name} has no path; name the folder of its shards")
+            positive = math.isfinite(source.weight) and source.weight > 0
+            _require(positive, f"data.sources.{name}.weight is {source.weight}; it must be a positive number")
+            plain = re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None
+            _require(plain, f"data.sources has the name {name!r}; use letters, digits, - and _ only, as metrics are named after it")
+        if self.format == "webdataset":
+            _require(self.tokenizer is not None, "data.format is webdataset and data.tokenizer is null; name one, for example byte")
+        _require(self.shuffle_window >= 1, f"data.shuffle_window is {self.shuffle_window}; it must be at least 1")
+        for name in ("num_workers", "retries"):
+            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must be 0 or more")
+        _require(self.retry_seconds >= 0, f"data.retry_seconds is {self.retry_seconds}; it must be 0 or more")
+        _require(self.timeout_seconds > 0, f"data.timeout_seconds is {self.timeout_seconds}; it must be positive")
+        room = self.cache_gib
+        _require(room is None or room > 0, f"data.cache_gib is {room}; it must be positive, or null for no limit")
+        for first, last in self.skip_steps or ():
+            sentence = f"data.skip_steps has [{first}, {last}]; steps count from 1, and the last must not come before the first"
+            _require(1 <= first <= last, sentence)
 
 
 @dataclass(kw_only=True)
@@ -385,6 +450,7 @@ def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Tita
             or a combination of values that cannot work.
     """
     options = {action.dest for action in parser._actions}
+    options |= {f"data.sources.NAME.{source_key.name}" for source_key in dataclasses.fields(SourceConfig)}
     try:
         for file in _config_files(arguments):
             _check_keys(_yaml_keys(file), options, where=f"in {file}")
@@ -466,7 +532,7 @@ def _option_names(arguments: Sequence[str]) -> list[str]:
 def _check_keys(keys: Iterable[str], options: set[str], *, where: str) -> None:
     """The parser rejects an unknown key too, but says neither where it stands nor what was meant."""
     for key in keys:
-        if key not in options:
+        if re.sub(r"^data\.sources\.[^.]+\.", "data.sources.NAME.", key) not in options:
             near = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else "; --help lists every key"
             raise ConfigError(f"unknown key {key!r} {where}{hint}")
