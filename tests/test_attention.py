@@ -1,5 +1,6 @@
 """Attention's kernels, outputs and gradients, against the T x T definition."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -9,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from titans_scale.config import ModelConfig
 from titans_scale.evaluation.benchmarks.attention_run import benchmark_attention
 from titans_scale.models.attention import KeyValue, choose_backend, flex, segment_attention, tiles, window_attention
 from titans_scale.models.attention.merge import attend
+from titans_scale.models.documents import DocumentLayout
 from titans_scale.models.layers import rotate
 
 BATCH, HEADS, DIM, THETA = 2, 3, 8, 100.0
@@ -49,27 +52,35 @@ def inputs(length, *, past=0, persistent=2, dim=DIM):
     return Inputs(randn(0, length, dim), context, memory, key_value(3, persistent, dim))
 
 
-def reference(q, contexts, prefix, window):
+def reference(q, contexts, prefix, window, documents=None):
     """Softmax over everything with rotary positions 0, 1, ... on the contexts; the prefix is met without rotation."""
     past = contexts[0].k.shape[2] - q.shape[2]
     distance = past + torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(past + q.shape[2], device=q.device)
     unseen = (distance < 0) | (distance >= window)
+    if documents is not None:
+        unseen = unseen | (documents.number_BT[:, None, :, None] != documents.number_BT[:, None, None])
     rotated = rotate(q, start=past, theta=THETA)
     scores = [(rotated @ rotate(c.k, start=0, theta=THETA).mT).masked_fill(unseen, -torch.inf) for c in contexts]
     p = (torch.cat((q @ prefix.k.mT, *scores), dim=-1) / q.shape[-1] ** 0.5).softmax(-1)
     return p @ torch.cat((prefix.v, *(c.v for c in contexts)), dim=2)
 
 
-def window_reference(x, window):
-    return reference(x.q, [x.context], x.prefix, window)
+def window_reference(x, window, documents=None):
+    return reference(x.q, [x.context], x.prefix, window, documents)
 
 
 def segment_reference(x):
     return reference(x.q, [x.memory, x.context], x.prefix, x.context.k.shape[2])
 
 
-def windowed(x, window, backend="auto"):
-    return window_attention(x.q, x.context, x.prefix, window=window, theta=THETA, backend=backend)
+def windowed(x, window, backend="auto", documents=None):
+    return window_attention(x.q, x.context, x.prefix, window=window, theta=THETA, backend=backend, documents=documents)
+
+
+def packed(length, probability=0.1):
+    """Documents of random lengths, single tokens among them, others in each row."""
+    starts = torch.rand(BATCH, length, generator=torch.Generator().manual_seed(length)) < probability
+    return DocumentLayout.of(starts, ModelConfig())
 
 
 def in_segment(x, backend="auto"):
@@ -116,6 +127,14 @@ SHAPES = [(1, 4), (3, 4), (5, 4), (33, 1), (33, 16), (20, 64), (64, 64), (150, 1
 def test_a_window_equals_the_masked_square(length, window, persistent):
     x = inputs(length, persistent=persistent)
     assert_same(lambda x: windowed(x, window), lambda x: window_reference(x, window), x)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("persistent", [0, 3])
+@pytest.mark.parametrize("length, window", [shape for shape in SHAPES if shape[0] > 1])
+def test_a_window_ends_at_the_start_of_its_document(length, window, persistent):
+    x, documents = inputs(length, persistent=persistent), packed(length)
+    assert_same(lambda x: windowed(x, window, documents=documents), lambda x: window_reference(x, window, documents), x)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -227,9 +246,10 @@ def test_the_operator_keeps_what_torch_expects_of_one():
     """Its schema, its shapes on fake tensors, its autograd formula and its tracing, by torch's own check."""
     x = inputs(6)
     parts = ([x.context.k, x.memory.k], [x.context.v, x.memory.v])
-    torch.library.opcheck(torch.ops.titans_scale.attention.default, (x.q, *parts, x.q, *x.prefix, 4, "sdpa"))
+    torch.library.opcheck(torch.ops.titans_scale.attention.default, (x.q, *parts, x.q, *x.prefix, 4, "sdpa", None, None))
     without = inputs(6, persistent=0)
-    arguments = (without.q, *parts, without.q[:, :, :0], *without.prefix, 4, "sdpa")
+    documents = (torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2]]), torch.tensor([0, 2, 6, 7, 10, 12]))
+    arguments = (without.q, *parts, without.q[:, :, :0], *without.prefix, 4, "sdpa", *documents)
     torch.library.opcheck(torch.ops.titans_scale.attention.default, arguments)
 
 
@@ -292,6 +312,52 @@ def test_the_block_mask_is_that_of_torch(length, past, window):
     assert ours.seq_lengths == theirs.seq_lengths
 
 
+@pytest.mark.parametrize("length, window", [(128, 512), (300, 1), (600, 129), (600, 4096), (1000, 257), (1000, 1000)])
+@pytest.mark.parametrize("probability", [0.001, 0.01, 0.2])
+def test_the_block_mask_of_documents_is_that_of_torch(length, window, probability):
+    number = packed(length, probability).number_BT
+    ours = flex.document_mask(number, window)
+
+    def band(batch, head, query, key):
+        return (query >= key) & (query - key < window) & (number[batch, query] == number[batch, key])
+
+    theirs = create_block_mask(band, BATCH, None, length, length, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_flash_gets_the_documents_for_a_batch(monkeypatch, length=40, window=7):
+    """All of the flash path but its kernels, which need a GPU: theirs are the shapes of torch.nn.attention.varlen."""
+
+    def pieces(bounds):
+        return [slice(begin, end) for begin, end in pairwise(bounds.tolist()) if end > begin]
+
+    def forward(q, k, v, bounds, _, longest, *rest, window_size_left, window_size_right):
+        assert q.shape == (BATCH * length, HEADS, DIM) and longest == length and bounds.dtype == torch.int32 and window_size_right == 0
+        parts = [[x[piece].transpose(0, 1)[None] for x in (q, k, v)] for piece in pieces(bounds)]
+        done = [tiles.tiled_forward(*part, window_size_left + 1) for part in parts]
+        return torch.cat([out[0].transpose(0, 1) for out, _ in done]), torch.cat([lse[0] for _, lse in done], dim=1), None
+
+    def backward(grad, q, k, v, out, lse, bounds, _, *rest, window_size_left, window_size_right):
+        assert lse.shape == (HEADS, BATCH * length) and lse.is_contiguous()
+        by_piece = []
+        for piece in pieces(bounds):
+            part = [x[piece].transpose(0, 1)[None] for x in (grad, q, k, v, out)]
+            by_piece.append(tiles.tiled_backward(*part, lse[None, :, piece], window_size_left + 1))
+        return [torch.cat([x[0].transpose(0, 1) for x in xs]) for xs in zip(*by_piece, strict=True)]
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    x, documents = inputs(length), packed(length)
+
+    def flash(x):
+        rotated = [rotate(y, start=0, theta=THETA) for y in (x.q, x.context.k)]
+        return attend(rotated[0], [rotated[1]], [x.context.v], x.q, *x.prefix, window, "flash", documents)
+
+    assert_same(flash, lambda x: window_reference(x, window, documents), x)
+
+
 @pytest.mark.parametrize("persistent", [0, 3])
 def test_flex_merges_its_parts_with_exact_gradients(monkeypatch, persistent, length=200, window=70):
     """All of the flex path but its kernel, which has no backward pass on a CPU."""
@@ -302,7 +368,8 @@ def test_flex_merges_its_parts_with_exact_gradients(monkeypatch, persistent, len
     def plain(q, k, v, *, block_mask, return_aux):
         assert return_aux.lse
         position = torch.arange(length)
-        seen = block_mask.mask_mod(0, 0, position[:, None], position)
+        row = torch.arange(BATCH)[:, None, None, None]
+        seen = block_mask.mask_mod(row, 0, position[:, None], position)
         scores = (q @ k.mT / DIM**0.5).masked_fill(~seen, -torch.inf)
         return scores.softmax(-1) @ v, Sums(scores.logsumexp(-1))
 
@@ -313,6 +380,8 @@ def test_flex_merges_its_parts_with_exact_gradients(monkeypatch, persistent, len
         return x.q, [x.memory.k, x.context.k], [x.memory.v, x.context.v], x.q, *x.prefix, window
 
     assert_same(lambda x: flex.flex_attend(*arguments(x)), lambda x: attend(*arguments(x), "sdpa"), x)
+    documents = packed(length)
+    assert_same(lambda x: flex.flex_attend(*arguments(x), documents), lambda x: attend(*arguments(x), "sdpa", documents), x)
 
 
 @pytest.mark.slow
@@ -344,11 +413,27 @@ def test_gpu_kernels_give_outputs_and_gradients_of_the_definition(length, past, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash", "flex", "sdpa"])
-def test_gpu_kernels_compile_into_one_graph(backend):
+@pytest.mark.parametrize("persistent", [0, 3])
+@pytest.mark.parametrize("length, window", [(130, 16), (1000, 257), (256, 4096)])
+def test_gpu_kernels_end_a_window_at_the_start_of_its_document(length, window, persistent, backend):
+    x, documents, gpu = inputs(length, persistent=persistent, dim=64), packed(length), torch.device("cuda")
+    on_gpu = documents.to(gpu)
+
+    def ours(x):
+        return windowed(x, window, backend, on_gpu)
+
+    assert_near(ours, lambda x: window_reference(x, window, documents), x, torch.bfloat16, gpu, 3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [None, packed(300)], ids=["", "documents"])
+@pytest.mark.parametrize("backend", ["flash", "flex", "sdpa"])
+def test_gpu_kernels_compile_into_one_graph(backend, documents):
     torch.compiler.reset()
-    x = inputs(300, dim=64)
-    compiled = torch.compile(lambda x: windowed(x, 64, backend), fullgraph=True)
-    assert_near(compiled, lambda x: window_reference(x, 64), x, torch.bfloat16, torch.device("cuda"), 3e-2)
+    x, gpu = inputs(300, dim=64), torch.device("cuda")
+    on_gpu = documents.to(gpu) if documents else None
+    compiled = torch.compile(lambda x: windowed(x, 64, backend, on_gpu), fullgraph=True)
+    assert_near(compiled, lambda x: window_reference(x, 64, documents), x, torch.bfloat16, gpu, 3e-2)
 
 
 @pytest.mark.gpu

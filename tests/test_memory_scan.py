@@ -59,6 +59,25 @@ def test_the_scan_and_its_gradients_equal_the_oracle(depth, residual, options):
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9 * max(1.0, slow.abs().max().item()))
 
 
+@pytest.mark.parametrize("state_interval", [None, 1, 2])
+@pytest.mark.parametrize("length", [20, TOKENS])
+@pytest.mark.parametrize("depth, residual", [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize("rule", [{"write_rule": "plain"}, {"write_rule": "normalized"}, {"write_rule": "online", "passes": CHUNK}])
+def test_reset_rows_and_their_gradients_equal_the_oracle_s_pieces(rule, depth, residual, length, state_interval):
+    tensors = inputs(depth, residual=residual, length=length)
+    resets = torch.tensor([[False, True, True, False, True], [True, False, False, True, False]])[:, : -(-length // CHUNK)]
+    of_tokens = torch.zeros(BATCH, length, dtype=torch.bool)
+    of_tokens[:, ::CHUNK] = resets
+    slow = everything(*run(memory_oracle, tensors, depth=depth, resets=of_tokens, **rule))
+    fast = everything(*run(memory_scan, tensors, depth=depth, resets=resets, state_interval=state_interval, **rule))
+    for expected, ours in zip(slow, fast, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    weighting = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype) for x in slow]
+    losses = [sum((w * x).sum() for w, x in zip(weighting, result, strict=True)) for result in (slow, fast)]
+    for expected, ours in zip(*(torch.autograd.grad(loss, tensors) for loss in losses), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9 * max(1.0, expected.abs().max().item()))
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["mlp", "residual_norm"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_gradcheck(depth, residual):
@@ -170,6 +189,8 @@ def test_low_precision_inputs_are_scanned_in_float32():
         (lambda a: {"chunk_size": 0}, "chunk_size is 0"),
         (lambda a: {"write_rule": "onlin"}, "no write_rule 'onlin'"),
         (lambda a: {"write_rule": "online", "passes": 0}, "passes is 0"),
+        (lambda a: {"resets": torch.ones(BATCH, 4).bool(), "chunk_size": CHUNK}, "resets have shape"),
+        (lambda a: {"resets": torch.ones(BATCH, 5).bool(), "chunk_size": CHUNK, "state": memory_scan(**a)[1]}, "a carried state is not"),
     ],
 )
 def test_what_does_not_fit_gets_a_sentence(change, words):
@@ -179,13 +200,14 @@ def test_what_does_not_fit_gets_a_sentence(change, words):
         memory_scan(**(arguments | change(arguments)))
 
 
+@pytest.mark.parametrize("resets", [None, torch.tensor([[True, False], [False, True]])], ids=["", "resets"])
 @pytest.mark.parametrize("write_rule", ["plain", "online"])
-def test_the_operators_keep_torch_s_contract(write_rule):
+def test_the_operators_keep_torch_s_contract(write_rule, resets):
     """Schema, shapes without data, autograd registration and tracing: what compile, checkpointing and FSDP2 rely on."""
     tensors = inputs(2, residual=True, length=2 * CHUNK)
     tokens, norm = tensors[:6], tensors[8:]
     states = [torch.randn(BATCH, HEADS, 2 * w.shape[1], w.shape[2], dtype=torch.float64, requires_grad=True) for w in tensors[6:8]]
-    torch.library.opcheck(scan_op, (*tokens, states, norm, CHUNK, "silu", write_rule, 0.7, 2, 4.0, CHUNK, 1, True))
+    torch.library.opcheck(scan_op, (*tokens, states, norm, CHUNK, "silu", write_rule, 0.7, 2, 4.0, CHUNK, 1, True, resets))
 
 
 def test_an_operator_called_twice_gives_the_same_and_changes_nothing():

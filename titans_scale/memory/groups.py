@@ -68,6 +68,29 @@ class _Write(NamedTuple):
     scaling: Scaling
 
 
+class _Resets(NamedTuple):
+    """Which memories begin anew before a chunk, and from what."""
+
+    initial: list[Tensor]
+    """(M, 2O, I) a layer."""
+    chosen: Tensor
+    """Bool, (chunks, M, 1, 1)."""
+
+    def of(self, first: int, last: int) -> "_Resets":
+        return self._replace(chosen=self.chosen[first:last])
+
+    def apply(self, chunk: int, states: list[Tensor]) -> None:
+        """In place, to the states before a chunk."""
+        for state, initial in zip(states, self.initial, strict=True):
+            state.copy_(torch.where(self.chosen[chunk], initial, state))
+
+    def apply_vjp(self, chunk: int, grad_states: list[Tensor], grad_initial: list[Tensor]) -> None:
+        """What arrived at the states of memories that began anew belongs to the initial state."""
+        for grad, to_initial in zip(grad_states, grad_initial, strict=True):
+            to_initial.add_(grad.masked_fill(~self.chosen[chunk], 0))
+            grad.masked_fill_(self.chosen[chunk], 0)
+
+
 class _Group(NamedTuple):
     """Chunks whose writes have been run."""
 
@@ -80,6 +103,7 @@ class _Group(NamedTuple):
     """Of each chunk, scaled."""
     writes: list[_Write]
     """Of each chunk; in the forward pass none."""
+    resets: _Resets | None
 
     def slices(self) -> list[tuple[int, int]]:
         """Chunks that are read at once: reads need no order."""
@@ -105,12 +129,20 @@ class _Reads(NamedTuple):
 
 
 def scan_chunks(
-    tokens: Sequence[Tensor], states: list[Tensor], norm: ResidualNorm | None, rule: Rule, length: int, interval: int, keep: bool
+    tokens: Sequence[Tensor],
+    states: list[Tensor],
+    norm: ResidualNorm | None,
+    rule: Rule,
+    length: int,
+    interval: int,
+    keep: bool,
+    resets_BN: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Scan T tokens in chunks of `length`, which divides T.
 
     Args:
         tokens: q, k, v (B, H, T, D), theta, eta, alpha (B, H, T).   states: before the first token.   keep: for a backward pass.
+        resets_BN: chunks of a row that begin from `states` again, whatever came before them; None: no chunk does.
     Returns:
         y (B, H, T, D), the states after the last token, and what `scan_chunks_vjp` needs: the state of every layer before each
         group of `interval` chunks, (groups, M, 2O, I), and the layers' outputs while reading, (T / length, M, C, O).
@@ -120,11 +152,12 @@ def scan_chunks(
     now = [state.flatten(0, 1) for state in states]
     kept = empty_kept(q, states, norm, length, interval) if keep else []
     before, outputs = kept[: len(states)], kept[len(states) :]
-    norm = _for_each_memory(norm, q)
+    norm, resets = _for_each_memory(norm, q), _resets(resets_BN, now, q)
     for number, (begin, end) in enumerate(_groups(q.shape[2], length, interval)):
         for whole, state in zip(before, now, strict=False):
             whole[number] = state
-        group = _write_group(Tokens(*(_loaded(x, begin, end, length) for x in tokens)), now, norm, rule, differentiable=False)
+        of_tokens = Tokens(*(_loaded(x, begin, end, length) for x in tokens))
+        group = _write_group(of_tokens, now, norm, rule, resets and resets.of(begin // length, end // length), differentiable=False)
         y_group = _by_chunk(y, begin, end, length)
         for first, last in group.slices():
             of_reads, layers = read(*group.reads(first, last), rule.activation, _repeated(norm, last - first))
@@ -132,7 +165,7 @@ def scan_chunks(
             for whole, layer in zip(outputs, layers, strict=False):
                 whole[begin // length + first : begin // length + last] = layer.unflatten(0, (last - first, -1))
         now = [state[-1].clone() for state in group.states]
-        del group, of_reads, layers  # before the next one is made
+        del group, of_tokens, of_reads, layers  # before the next one is made
     return y, [state.unflatten(0, q.shape[:2]) for state in now], kept
 
 
@@ -154,6 +187,7 @@ def scan_chunks_vjp(
     rule: Rule,
     length: int,
     interval: int,
+    resets_BN: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of `scan_chunks` in the tokens, in the states before the first, and in the norm's scale and shift if there is one."""
     q = tokens[0]
@@ -161,6 +195,8 @@ def scan_chunks_vjp(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tokens]
     grad_now = [grad.flatten(0, 1) for grad in grad_after]
     wide_norm = _for_each_memory(norm, q)
+    resets = _resets(resets_BN, [state[0] for state in before], q)
+    grad_initial = [torch.zeros_like(grad) for grad in grad_now] if resets else []
     grad_norm = wide_norm and ResidualNorm(*(torch.zeros_like(x) for x in wide_norm))
     for number, (begin, end) in reversed(list(enumerate(_groups(q.shape[2], length, interval)))):
         group = _write_group(
@@ -168,20 +204,25 @@ def scan_chunks_vjp(
             [state[number] for state in before],
             wide_norm,
             rule,
+            resets and resets.of(begin // length, end // length),
             differentiable=True,
         )
         of_group = [x[begin // length : end // length] for x in outputs]
         of_y = _loaded(grad_y, begin, end, length)
-        grad_tokens, grad_now = _group_vjp(of_y, grad_now, group, of_group, wide_norm, rule, grad_norm)
+        grad_tokens, grad_now = _group_vjp(of_y, grad_now, group, of_group, wide_norm, rule, grad_norm, grad_initial)
         grad_now = [grad.clone() for grad in grad_now]  # not as views of a larger tensor
         for whole, grad in zip(grads, grad_tokens, strict=True):
             _by_chunk(whole, begin, end, length).copy_(grad.unflatten(1, q.shape[:2]))
         del group, grad_tokens, of_y  # before the next one is made
+    if resets:
+        grad_now = [grad + to_initial for grad, to_initial in zip(grad_now, grad_initial, strict=True)]
     grad_states = [grad.unflatten(0, q.shape[:2]) for grad in grad_now]
     return grads, grad_states, [x.unflatten(0, q.shape[:2]).sum(0) for x in grad_norm or ()]
 
 
-def _write_group(tokens: Tokens, states: list[Tensor], norm: ResidualNorm | None, rule: Rule, *, differentiable: bool) -> _Group:
+def _write_group(
+    tokens: Tokens, states: list[Tensor], norm: ResidualNorm | None, rule: Rule, resets: _Resets | None, *, differentiable: bool
+) -> _Group:
     """Run the writes: one step a chunk, the only sequential part. Keeps what their gradients need if `differentiable`."""
     step = effective_step(tokens.theta, tokens.eta, rule.write_rule)
     chunks, of_coefficients = chunk_coefficients(step, tokens.eta, tokens.alpha)
@@ -202,7 +243,9 @@ def _write_group(tokens: Tokens, states: list[Tensor], norm: ResidualNorm | None
     )
     written, writes = [], []
     tape: SurpriseTape | tuple[OnlineChunk, list[Pass]]
-    for k, v, theta, chunk, chunk_earlier, limit, (now, after) in steps:
+    for number, (k, v, theta, chunk, chunk_earlier, limit, (now, after)) in enumerate(steps):
+        if resets:
+            resets.apply(number, now)
         if chunk_earlier is None:
             raw, tape = surprise(k, v, _weights(now), rule.activation, norm)
             scaled, scaling = scale_surprise(raw, theta, rule=rule.write_rule, chunk_size=rule.chunk_size, max_norm=rule.max_norm)
@@ -216,7 +259,7 @@ def _write_group(tokens: Tokens, states: list[Tensor], norm: ResidualNorm | None
         advance(now, scaled, chunk, after)
         if differentiable:
             writes.append(_Write(raw, tape, scaling))
-    return _Group(tokens, chunks, of_coefficients, along, written, writes)
+    return _Group(tokens, chunks, of_coefficients, along, written, writes, resets)
 
 
 def _group_vjp(
@@ -227,6 +270,7 @@ def _group_vjp(
     norm: ResidualNorm | None,
     rule: Rule,
     grad_norm: ResidualNorm | None,
+    grad_initial: list[Tensor],
 ) -> tuple[Tokens, list[Tensor]]:
     """Gradients in the group's tokens and in the state before it."""
     tokens, chunks = group.tokens, _one_by_one(group.chunks)
@@ -264,6 +308,8 @@ def _group_vjp(
             else:
                 grads = OnlineGrads(grad_k[i], grad_v[i], grad_states, grad_earlier[i], grad_norm)
                 online_surprise_vjp(grad_features, grad_deltas, *write.tape, grads)
+            if group.resets:
+                group.resets.apply_vjp(i, grad_states, grad_initial)
             grad_after = grad_states
     if rule.write_rule == "online":
         one_token_earlier_vjp(grad_of_earlier, grad_coefficients)
@@ -305,6 +351,10 @@ def _weights(states: list[Tensor]) -> list[Tensor]:
 
 def _for_each_memory(norm: ResidualNorm | None, q: Tensor) -> ResidualNorm | None:
     return norm and ResidualNorm(*(x.repeat(q.shape[0], 1) for x in norm))
+
+
+def _resets(resets_BN: Tensor | None, initial: list[Tensor], q: Tensor) -> _Resets | None:
+    return None if resets_BN is None else _Resets(initial, resets_BN.T.repeat_interleave(q.shape[1], dim=1)[..., None, None])
 
 
 def _repeated(norm: ResidualNorm | None, times: int) -> ResidualNorm | None:

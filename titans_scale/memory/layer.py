@@ -83,18 +83,20 @@ class NeuralMemory(nn.Module):
         if not self.q_proj.weight.is_meta:
             self.reset_parameters()
 
-    def forward(self, x_BTM: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+    def forward(self, x_BTM: Tensor, state: MemoryState | None = None, resets: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """Write all tokens and read at each of them. Any cut with the state handed on equals one pass.
 
         Args:
             x_BTM: (B, T, dim).   state: from an earlier call; None: the learned initial memory.
+            resets: chunks that begin at the learned initial memory again, (B, chunks), see `memory_scan`. The convolutions do not
+                know of them: at least K - 1 tokens of zeros have to lie before such a chunk.
         Returns:
             (B, T, dim) and the state after the last token.
         """
         q, q_tail = self.queries(x_BTM, state.q_tail_BKI if state else None)
         k, k_tail = self.keys(x_BTM, state.k_tail_BKI if state else None)
         v, v_tail = self.values(x_BTM, state.v_tail_BKI if state else None)
-        y, scan = self.scan(q, k, v, self.gates(x_BTM), state.scan if state else None)
+        y, scan = self.scan(q, k, v, self.gates(x_BTM), state.scan if state else None, resets)
         return self._output(y, x_BTM), MemoryState(q_tail, k_tail, v_tail, scan)
 
     def queries(self, x_BTM: Tensor, tail_BKI: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,7 +112,15 @@ class NeuralMemory(nn.Module):
         return self._heads(self.v_proj(x_BTM), "v_conv", tail_BKI, unit=False)
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: ScanState | None, *, passes: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        state: ScanState | None,
+        resets: Tensor | None = None,
+        *,
+        passes: int | None = None,
     ) -> tuple[Tensor, ScanState]:
         """`memory_scan` with this layer's initial weights and options, or with another number of passes."""
         config = self.config
@@ -130,6 +140,7 @@ class NeuralMemory(nn.Module):
             passes=passes or config.passes,
             curvature_margin=config.curvature_margin,
             state_interval=config.state_interval,
+            resets=resets,
         )
 
     def read(self, q_BHTD: Tensor, weights: list[Tensor]) -> Tensor:

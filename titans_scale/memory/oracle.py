@@ -3,9 +3,14 @@
 Shape letters: B batch, H memory heads, T tokens, D head dimension.
 """
 
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from titans_scale.memory.mlp import LAYER_NORM_EPS, Activation, ResidualNorm
 from titans_scale.memory.state import OpenChunk, ScanState
@@ -31,13 +36,28 @@ def memory_oracle(
     state_interval: int | None = None,
     passes: int = 1,
     curvature_margin: float | None = 4.0,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, ScanState]:
     """Same arguments and results as `memory_scan`; `backend`, `state_interval` and `passes` have nothing to choose here.
+
+    But `resets` are (B, T), a bool a token: from one to the next a row is a sequence of its own.
 
     Equations 13 and 14 of the paper, with the surprise at the weights of the chunk's start (section 3.2), or, for the online rule,
     at those one token earlier:
     S_t = eta_t S_{t-1} - theta_t g_t ;  M_t = (1 - alpha_t) M_{t-1} + S_t ;  y_t = M_t(q_t).
     """
+    if resets is not None:
+        piece = partial(
+            memory_oracle,
+            weights=weights,
+            chunk_size=chunk_size,
+            activation=activation,
+            write_rule=write_rule,
+            norm=norm,
+            max_inner_grad_norm=max_inner_grad_norm,
+            curvature_margin=curvature_margin,
+        )
+        return _by_document(piece, (q, k, v, theta, eta, alpha), resets)
     batch_size = q.shape[0]
     past = 0
     if state is not None:
@@ -75,6 +95,17 @@ def memory_oracle(
         start, start_momentum, begin = now, momentum, k.shape[2]
     rest = OpenChunk(*(x[:, :, begin:] for x in (k, v, theta, eta, alpha)))
     return torch.stack(outputs, dim=2), ScanState(now, momentum, start, start_momentum, rest)
+
+
+def _by_document(scan: Callable[..., tuple[Tensor, ScanState]], tokens: tuple[Tensor, ...], resets_BT: Tensor) -> tuple[Tensor, ScanState]:
+    """Every row cut at its resets, every piece by itself; the state is that of each row's last piece."""
+    rows = []
+    for row, resets_T in enumerate(resets_BT):
+        bounds = [0, *(resets_T[1:].nonzero().flatten() + 1).tolist(), len(resets_T)]
+        pieces = [scan(*(x[row : row + 1, :, begin:end] for x in tokens)) for begin, end in pairwise(bounds)]
+        rows.append((torch.cat([y for y, _ in pieces], dim=2), pieces[-1][1]))
+    y, states = zip(*rows, strict=True)
+    return torch.cat(y), tree_map(lambda *xs: torch.cat(xs), *states)
 
 
 def _forward(x_BHD: Tensor, weights: list[Tensor], activation: Activation, norm: ResidualNorm | None) -> Tensor:

@@ -42,6 +42,7 @@ def memory_scan(
     passes: int = 1,
     curvature_margin: float | None = 4.0,
     state_interval: int | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, ScanState]:
     """Write every token into its head's memory and read the memory as it stands right after (equations 13 to 16).
 
@@ -56,10 +57,12 @@ def memory_scan(
         passes, curvature_margin: of the online rule: how often a chunk is gone through, and the bound of a token's own step (None: none).
         state_interval: chunks between two states kept for the backward pass, those between being recomputed; None: about the
             square root of half the number of chunks, four at least; 1: keep all.
+        resets: bool, (B, chunks, an open one included): chunks before which a row's memory goes back to the initial weights and no
+            momentum, as at the start of a sequence. Without a state only.
     Returns:
         y (B, H, T, D) in q's dtype, and the state after the last token in float32 (float64 where an input is).
     Raises:
-        ValueError: shapes that do not fit each other, no tokens, or an unknown option.
+        ValueError: shapes that do not fit each other, no tokens, an unknown option, or resets of a carried state.
     """
     _check(q, k, v, (theta, eta, alpha), weights, chunk_size, backend)
     if write_rule not in WRITE_RULES:
@@ -67,6 +70,8 @@ def memory_scan(
     if passes < 1:
         raise ValueError(f"passes is {passes}; the online rule needs at least one")
     batch_size, _, length, _ = q.shape
+    if resets is not None:
+        _check_resets(resets, (batch_size, -(-length // chunk_size)), state)
     dtype = _compute_dtype(q, k, v, theta, eta, alpha, *weights)
     tokens = Tokens(*(x.to(dtype) for x in (q, k, v, theta, eta, alpha)))
     scales = [x.to(dtype) for x in norm or ()]
@@ -81,15 +86,20 @@ def memory_scan(
     total = tokens.k.shape[2]
     states = [torch.cat(pair, dim=-2) for pair in zip(now, momentum, strict=True)]
     rest_length = total % chunk_size
+    whole_chunks = total // chunk_size
     whole, rest = (Tokens(*pieces) for pieces in zip(*(x.split([total - rest_length, rest_length], dim=2) for x in tokens), strict=True))
     outputs = []
-    if total > rest_length:
-        interval = state_interval or default_interval(total // chunk_size)
-        y, states = _scan(whole, states, scales, rule, chunk_size, interval)
+    initial = states
+    if whole_chunks:
+        interval = state_interval or default_interval(whole_chunks)
+        y, states = _scan(whole, states, scales, rule, chunk_size, interval, None if resets is None else resets[:, :whole_chunks])
         outputs.append(y)
     start = states
     if rest_length:
-        y, states = _scan(rest, start, scales, rule, rest_length, 1)
+        if resets is not None:
+            anew_B = resets[:, -1, None, None, None]
+            start = [torch.where(anew_B, first, now) for first, now in zip(initial, states, strict=True)]
+        y, states = _scan(rest, start, scales, rule, rest_length, 1, None)
         outputs.append(y)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return y[:, :, total - length :].to(q.dtype), ScanState(*_apart(states), *_apart(start), OpenChunk(*rest[1:]))
@@ -103,10 +113,12 @@ def default_interval(num_chunks: int) -> int:
     return max(4, round(math.sqrt(num_chunks / 2)))
 
 
-def _scan(tokens: Tokens, states: list[Tensor], norm: list[Tensor], rule: Rule, length: int, interval: int) -> tuple[Tensor, list[Tensor]]:
+def _scan(
+    tokens: Tokens, states: list[Tensor], norm: list[Tensor], rule: Rule, length: int, interval: int, resets: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
     """Tokens in chunks of `length`: y and the states after them."""
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *states, *norm))
-    y, *results = scan_op(*tokens, states, norm, *rule, length, interval, keep)
+    y, *results = scan_op(*tokens, states, norm, *rule, length, interval, keep, resets)
     return y, results[: len(states)]
 
 
@@ -124,6 +136,13 @@ def _with_open_chunk(earlier: OpenChunk, tokens: Tokens) -> Tokens:
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _check_resets(resets: Tensor, shape: tuple[int, int], state: ScanState | None) -> None:
+    if state is not None:
+        raise ValueError("resets go back to the initial weights, which a carried state is not; scan without a state, or without resets")
+    if resets.shape != shape:
+        raise ValueError(f"resets have shape {tuple(resets.shape)}; they must be (batch, chunks) = {shape}, a chunk at the end included")
 
 
 def _check(

@@ -38,10 +38,11 @@ def scan_op(
     length: int,
     interval: int,
     keep: bool,
+    resets: Tensor | None,
 ) -> list[Tensor]:
     """`scan_chunks` as an operator; norm is empty or [scale, shift]. Returns y, the states, then what is kept if `keep`."""
     rule = Rule(chunk_size, cast(Activation, activation), cast(WriteRule, write_rule), max_norm, passes, margin)
-    y, after, kept = scan_chunks((q, k, v, theta, eta, alpha), states, _residual_norm(norm), rule, length, interval, keep)
+    y, after, kept = scan_chunks((q, k, v, theta, eta, alpha), states, _residual_norm(norm), rule, length, interval, keep, resets)
     return [y, *after, *kept]
 
 
@@ -49,7 +50,7 @@ def scan_op(
 def _(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, states: list[Tensor], norm: list[Tensor], *options: Any
 ) -> list[Tensor]:
-    *_, length, interval, keep = options
+    length, interval, keep = options[6:9]
     kept = empty_kept(q, states, _residual_norm(norm), length, interval) if keep else []
     return [_new(q), *(_new(state) for state in states), *kept]
 
@@ -69,10 +70,11 @@ def scan_vjp_op(
     margin: float | None,
     length: int,
     interval: int,
+    resets: Tensor | None,
 ) -> list[Tensor]:
     """`scan_chunks_vjp` as an operator. Returns the gradients of tokens, states and norm, in this order."""
     rule = Rule(chunk_size, cast(Activation, activation), cast(WriteRule, write_rule), max_norm, passes, margin)
-    of_tokens, of_states, of_norm = scan_chunks_vjp(grad_y, grad_after, tokens, kept, _residual_norm(norm), rule, length, interval)
+    of_tokens, of_states, of_norm = scan_chunks_vjp(grad_y, grad_after, tokens, kept, _residual_norm(norm), rule, length, interval, resets)
     return [*of_tokens, *of_states, *of_norm]
 
 
@@ -84,24 +86,24 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tokens, states, norm, chunk_size, activation, write_rule, max_norm, passes, margin, length, interval, _ = inputs
+    *tokens, states, norm, chunk_size, activation, write_rule, max_norm, passes, margin, length, interval, _, resets = inputs
     ctx.options = (chunk_size, activation, write_rule, max_norm, passes, margin, length, interval)
     ctx.layers, ctx.norms = len(states), len(norm)
     ctx.state_shapes = [state.shape for state in states]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tokens, *norm, *output[1 + len(states) :])
+    ctx.save_for_backward(resets, *tokens, *norm, *output[1 + len(states) :])
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
+    resets, *saved = ctx.saved_tensors
     tokens, norm, kept = saved[:6], saved[6 : 6 + ctx.norms], saved[6 + ctx.norms :]
     grad_y, *grad_after = grads[: 1 + ctx.layers]
     of_states = [
         tokens[0].new_zeros(shape) if grad is None else grad.contiguous() for grad, shape in zip(grad_after, ctx.state_shapes, strict=True)
     ]
     grad_y = torch.zeros_like(tokens[0]) if grad_y is None else grad_y
-    made = scan_vjp_op(grad_y, of_states, list(tokens), list(kept), list(norm), *ctx.options)
-    return (*made[:6], made[6 : 6 + ctx.layers], made[6 + ctx.layers :], *(None,) * 9)
+    made = scan_vjp_op(grad_y, of_states, list(tokens), list(kept), list(norm), *ctx.options, resets)
+    return (*made[:6], made[6 : 6 + ctx.layers], made[6 + ctx.layers :], *(None,) * 10)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)

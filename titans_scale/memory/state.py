@@ -53,6 +53,15 @@ def compact(state: AnyState) -> AnyState:
     return tree_map_only(Tensor, own, state)
 
 
+def begin_anew(state: ScanState, fresh_weights: list[Tensor], chosen_B: Tensor) -> ScanState:
+    """A state in which no chunk is open, but at the chosen rows that before the first token."""
+    assert state.open_chunk.length == 0
+    anew = chosen_B[:, None, None, None]
+    weights = [torch.where(anew, fresh, now) for fresh, now in zip(fresh_weights, state.weights, strict=True)]
+    momentum = [now.masked_fill(anew, 0) for now in state.momentum]
+    return ScanState(weights, momentum, weights, momentum, state.open_chunk)
+
+
 def initial_weights(weights: list[Tensor], batch_size: int, dtype: torch.dtype) -> list[Tensor]:
     """Learned weights (H, out, in) as the (B, H, out, in) that every row of a batch starts from."""
     return [weight.to(dtype).expand(batch_size, *weight.shape) for weight in weights]

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from titans_scale.config import ModelConfig
 from titans_scale.memory.layer import Initializer, MemoryState, NeuralMemory, constant, normal
+from titans_scale.memory.state import begin_anew
 from titans_scale.models.attention import Attention, KeyValue, segment_attention, window_attention
+from titans_scale.models.documents import DocumentLayout
 from titans_scale.models.layers import MemoryGate, SwiGLU
 
 
@@ -55,12 +57,13 @@ class Block(nn.Module, ABC):
         if config.num_persistent_tokens:
             self.persistent = nn.Parameter(torch.empty(config.num_persistent_tokens, config.dim))
 
-    def forward(self, x_BTM: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        x_BTM, state = self.mix(x_BTM, state)
+    def forward(self, x_BTM: Tensor, state: Any = None, documents: DocumentLayout | None = None) -> tuple[Tensor, Any]:
+        """The tokens after this block, and the state after them; with documents each is a sequence of its own, and the state nobody's."""
+        x_BTM, state = self.mix(x_BTM, state, documents)
         return x_BTM + self.mlp(self.mlp_norm(x_BTM)), state
 
     @abstractmethod
-    def mix(self, x_BTM: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def mix(self, x_BTM: Tensor, state: Any, documents: DocumentLayout | None) -> tuple[Tensor, Any]:
         """The tokens with the mixer's output added, and the state after them."""
 
     def prefix(self, x_BTM: Tensor) -> Tensor:
@@ -93,25 +96,46 @@ class MACBlock(Block):
         self.write_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.gate = MemoryGate(config)
 
-    def mix(self, x_BTM: Tensor, state: MACState | None) -> tuple[Tensor, MACState]:
+    def mix(self, x_BTM: Tensor, state: MACState | None, documents: DocumentLayout | None) -> tuple[Tensor, MACState]:
         x = self.norm(x_BTM)
+        if documents is not None:
+            x = documents.spread(x, x[:, :0])
         prefix = self.attention.keys_values(self.norm(self.prefix(x_BTM)))
         q, own = self.attention.queries(x), self.attention.keys_values(x)
         state = state or MACState(None, None, self.memory.fresh_weights(x.shape[0]), own.between(0, 0), own.between(0, 0))
         memory_q, query_tail = self.memory.queries(x, state.query_tail_BKI)
         state = state._replace(query_tail_BKI=query_tail)
         lengths = pieces_up_to(x.shape[1], self.config.segment_len, begun=state.segment.k.shape[2])
+        empty = [None] * len(lengths) if documents is None else (~documents.filled_BS).split(lengths, dim=1)
         outputs = []
-        for x_piece, *heads in zip(x.split(lengths, dim=1), *(y.split(lengths, dim=2) for y in (q, *own, memory_q)), strict=True):
-            q_piece, k_piece, v_piece, memory_q_piece = heads
-            output, state = self._mix_piece(x_piece, q_piece, KeyValue(k_piece, v_piece), memory_q_piece, prefix, state)
+        pieces = zip(x.split(lengths, dim=1), empty, *(y.split(lengths, dim=2) for y in (q, *own, memory_q)), strict=True)
+        for number, (x_piece, empty_piece, q_piece, k_piece, v_piece, memory_q_piece) in enumerate(pieces):
+            begin = number * self.config.segment_len
+            if documents is not None and number and begin % self.config.memory.chunk_size == 0:  # no document begins elsewhere
+                state = self._begun_anew(state, documents.starts_BS[:, begin])
+            heads = (q_piece, KeyValue(k_piece, v_piece), memory_q_piece)
+            output, state = self._mix_piece(x_piece, *heads, prefix, state, empty_piece)
             outputs.append(output)
-        return x_BTM + torch.cat(outputs, dim=1), state
+        output = torch.cat(outputs, dim=1)
+        return x_BTM + (output if documents is None else documents.collect(output)), state
+
+    def _begun_anew(self, state: MACState, chosen_B: Tensor) -> MACState:
+        """Between two segments: where a document begins with the next one, the memory is as before the first."""
+        assert state.memory is not None
+        scan = begin_anew(state.memory.scan, self.memory.fresh_weights(len(chosen_B)), chosen_B)
+        return state._replace(memory=state.memory._replace(scan=scan), segment_weights=scan.weights)
 
     def _mix_piece(
-        self, x_BTM: Tensor, q_BHTD: Tensor, own: KeyValue, memory_q_BHTD: Tensor, prefix: KeyValue, state: MACState
+        self,
+        x_BTM: Tensor,
+        q_BHTD: Tensor,
+        own: KeyValue,
+        memory_q_BHTD: Tensor,
+        prefix: KeyValue,
+        state: MACState,
+        empty_BT: Tensor | None,
     ) -> tuple[Tensor, MACState]:
-        """Tokens of one segment, up to its end at most."""
+        """Tokens of one segment, up to its end at most. Empty ones, behind a document, are zeros to the memory's convolutions."""
         recalled = self.memory.retrieve(memory_q_BHTD, state.segment_weights, x_BTM)
         memory_tokens = state.memory_tokens.then(self.attention.keys_values(self.memory_token_norm(recalled)))
         segment = state.segment.then(own)
@@ -119,6 +143,8 @@ class MACBlock(Block):
             q_BHTD, memory_tokens, segment, prefix, theta=self.config.rope_theta, backend=self.config.attention_backend
         )
         y = self.attention.output(attended)
+        if empty_BT is not None:
+            y = y.masked_fill(empty_BT[..., None], 0)
         read, memory = self.memory(self.write_norm(y), state.memory)
         segment_weights = state.segment_weights
         if segment.k.shape[2] == self.config.segment_len:
@@ -135,17 +161,18 @@ class MAGBlock(Block):
         self.attention = Attention(config)
         self.gate = MemoryGate(config)
 
-    def mix(self, x_BTM: Tensor, state: WindowState | None) -> tuple[Tensor, WindowState]:
+    def mix(self, x_BTM: Tensor, state: WindowState | None, documents: DocumentLayout | None) -> tuple[Tensor, WindowState]:
         x = self.norm(x_BTM)
         if state is None:
             persistent = self.norm(self.prefix(x_BTM))
             prefix = self.attention.keys_values(persistent)
-            read, memory = self.memory(torch.cat((persistent, x), dim=1))
-            read = read[:, persistent.shape[1] :]
+            whole = joined(persistent, x, documents)
+            read, memory = self.memory(whole, None, chunks_to_reset(self.memory, documents))
+            read = parted(read, persistent, documents)
         else:
             prefix = state.prefix
             read, memory = self.memory(x, state.memory)
-        y, context = windowed(self.attention, x, prefix, state, self.config)
+        y, context = windowed(self.attention, x, prefix, state, self.config, documents)
         return x_BTM + self.gate(y, read), WindowState(memory, prefix, context)
 
 
@@ -157,18 +184,18 @@ class MALBlock(Block):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
 
-    def mix(self, x_BTM: Tensor, state: WindowState | None) -> tuple[Tensor, WindowState]:
-        x_BTM, persistent, memory = remember(self, x_BTM, state.memory if state else None)
+    def mix(self, x_BTM: Tensor, state: WindowState | None, documents: DocumentLayout | None) -> tuple[Tensor, WindowState]:
+        x_BTM, persistent, memory = remember(self, x_BTM, state.memory if state else None, documents)
         prefix = state.prefix if state else self.attention.keys_values(self.attention_norm(persistent))
-        y, context = windowed(self.attention, self.attention_norm(x_BTM), prefix, state, self.config)
+        y, context = windowed(self.attention, self.attention_norm(x_BTM), prefix, state, self.config, documents)
         return x_BTM + y, WindowState(memory, prefix, context)
 
 
 class LMMBlock(Block):
     """The memory alone as the sequence mixer."""
 
-    def mix(self, x_BTM: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
-        x_BTM, _, memory = remember(self, x_BTM, state)
+    def mix(self, x_BTM: Tensor, state: MemoryState | None, documents: DocumentLayout | None) -> tuple[Tensor, MemoryState]:
+        x_BTM, _, memory = remember(self, x_BTM, state, documents)
         return x_BTM, memory
 
 
@@ -178,23 +205,52 @@ def pieces_up_to(length: int, size: int, *, begun: int) -> list[int]:
     return [end - begin for begin, end in pairwise(bounds)]
 
 
-def remember(block: Block, x_BTM: Tensor, state: MemoryState | None) -> tuple[Tensor, Tensor, MemoryState]:
+def remember(
+    block: Block, x_BTM: Tensor, state: MemoryState | None, documents: DocumentLayout | None
+) -> tuple[Tensor, Tensor, MemoryState]:
     """x + memory(norm(x)) over [persistent || x] at the start of a sequence, over x later; the persistent part apart."""
     persistent = block.prefix(x_BTM) if state is None else x_BTM[:, :0]
-    whole = torch.cat((persistent, x_BTM), dim=1)
-    read, memory = block.memory(block.norm(whole), state)
+    whole = joined(persistent, x_BTM, documents)
+    read, memory = block.memory(block.norm(whole), state, chunks_to_reset(block.memory, documents))
     whole = whole + read
-    return whole[:, persistent.shape[1] :], whole[:, : persistent.shape[1]], memory
+    return parted(whole, persistent, documents), whole[:, : persistent.shape[1]], memory
+
+
+def joined(persistent_BPM: Tensor, x_BTM: Tensor, documents: DocumentLayout | None) -> Tensor:
+    """The persistent tokens before the tokens, or before those of every document."""
+    return torch.cat((persistent_BPM, x_BTM), dim=1) if documents is None else documents.spread(x_BTM, persistent_BPM)
+
+
+def parted(whole_BTM: Tensor, persistent_BPM: Tensor, documents: DocumentLayout | None) -> Tensor:
+    """The tokens alone, of what `joined` made."""
+    return whole_BTM[:, persistent_BPM.shape[1] :] if documents is None else documents.collect(whole_BTM)
+
+
+def chunks_to_reset(memory: NeuralMemory, documents: DocumentLayout | None) -> Tensor | None:
+    return None if documents is None else documents.starts_BS[:, :: memory.config.chunk_size]
 
 
 def windowed(
-    attention: Attention, x_BTM: Tensor, prefix: KeyValue, state: WindowState | None, config: ModelConfig
+    attention: Attention,
+    x_BTM: Tensor,
+    prefix: KeyValue,
+    state: WindowState | None,
+    config: ModelConfig,
+    documents: DocumentLayout | None,
 ) -> tuple[Tensor, KeyValue]:
     """Sliding-window attention with prefix, and the keys and values that the next call still sees."""
     own = attention.keys_values(x_BTM)
     context = state.context.then(own) if state else own
     q_BHTD = attention.queries(x_BTM)
-    y = window_attention(q_BHTD, context, prefix, window=config.window, theta=config.rope_theta, backend=config.attention_backend)
+    y = window_attention(
+        q_BHTD,
+        context,
+        prefix,
+        window=config.window,
+        theta=config.rope_theta,
+        backend=config.attention_backend,
+        documents=documents,
+    )
     return attention.output(y), context.between(max(0, context.k.shape[2] - config.window + 1))
 
 

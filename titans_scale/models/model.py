@@ -15,6 +15,7 @@ from titans_scale.config import ModelConfig
 from titans_scale.memory.layer import Initializer, constant, normal
 from titans_scale.memory.state import compact
 from titans_scale.models.blocks import BLOCKS, Block
+from titans_scale.models.documents import DocumentLayout
 from titans_scale.models.generation import generate_tokens
 from titans_scale.models.loss import cross_entropy_sum, linear_cross_entropy_sum, next_token_loss
 
@@ -66,21 +67,29 @@ class TitansLM(nn.Module):
         if not self.embedding.weight.is_meta:
             self.init_weights(seed=int(torch.randint(2**31, (), device="cpu").item()))
 
-    def forward(self, tokens_BT: Tensor, state: TitansState | None = None, labels: Tensor | None = None) -> TitansOutput:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        state: TitansState | None = None,
+        labels: Tensor | None = None,
+        document_starts: Tensor | DocumentLayout | None = None,
+    ) -> TitansOutput:
         """Logits of the next token at every position.
 
         Args:
             tokens_BT: token ids, (B, T).
             state: from `init_state` or an earlier output; the tokens continue what it has seen.
             labels: (B, T), usually the tokens themselves: the shift by one happens here, and -100 marks positions without a target.
+            document_starts: bool, (B, T), where documents begin in rows that several are packed in: logits are those of each
+                document by itself. Or the `DocumentLayout` made of it, which spares a GPU's host the wait for its shape.
         Raises:
-            ValueError: no tokens, or a state of another batch size.
+            ValueError: no tokens, a state of another batch size, or document starts of another shape or together with a state.
         """
         if tokens_BT.dim() != 2 or tokens_BT.shape[1] == 0:
             raise ValueError(f"tokens have shape {tuple(tokens_BT.shape)}; they must be (batch, tokens) with at least one token")
         if state is not None and state.batch_size != tokens_BT.shape[0]:
             raise ValueError(f"the state is for a batch of {state.batch_size}, the tokens are a batch of {tokens_BT.shape[0]}")
-        x_BTM, layers = self._hidden(tokens_BT, state)
+        x_BTM, layers = self._hidden(tokens_BT, state, document_starts)
         logits_BTV = self._through_head(x_BTM, F.linear)
         return TitansOutput(
             logits_BTV,
@@ -88,17 +97,25 @@ class TitansLM(nn.Module):
             None if state is None else TitansState(state.batch_size, layers),
         )
 
-    def loss_sum(self, tokens_BT: Tensor, targets_BT: Tensor, *, logits_bytes: int | None = None) -> Tensor:
+    def loss_sum(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        *,
+        logits_bytes: int | None = None,
+        document_starts: Tensor | DocumentLayout | None = None,
+    ) -> Tensor:
         """What training minimises: cross-entropy in nats, summed over the positions that have a target.
 
         Args:
             tokens_BT: token ids, (B, T).   targets_BT: the next token of each, (B, T); -100 where there is none.
             logits_bytes: how much memory logits may take: a chunk of tokens at a time goes through the head then, see
                 `titans_scale.models.loss`. None: all at once.
+            document_starts: see `forward`.
         Returns:
             A scalar in float32 (float64 for a float64 model).
         """
-        x_BTM, _ = self._hidden(tokens_BT, None)
+        x_BTM, _ = self._hidden(tokens_BT, None, document_starts)
 
         def loss(x_BTM: Tensor, weight_VM: Tensor) -> Tensor:
             if logits_bytes is None:
@@ -107,15 +124,32 @@ class TitansLM(nn.Module):
 
         return self._through_head(x_BTM, loss)
 
-    def _hidden(self, tokens_BT: Tensor, state: TitansState | None) -> tuple[Tensor, list[Any]]:
+    def _hidden(
+        self, tokens_BT: Tensor, state: TitansState | None, document_starts: Tensor | DocumentLayout | None
+    ) -> tuple[Tensor, list[Any]]:
         """The final norm's output, and the blocks' states where one was given."""
+        documents = self._layout(tokens_BT, state, document_starts)
         x_BTM = self.embedding(tokens_BT)
         layers = []
         for layer, block in enumerate(self.blocks):
-            x_BTM, layer_state = block(x_BTM, state.layers[layer] if state else None)
+            x_BTM, layer_state = block(x_BTM, state.layers[layer] if state else None, documents)
             if state is not None:
                 layers.append(compact(layer_state))
         return self.norm(x_BTM), layers
+
+    def _layout(
+        self, tokens_BT: Tensor, state: TitansState | None, document_starts: Tensor | DocumentLayout | None
+    ) -> DocumentLayout | None:
+        if document_starts is None:
+            return None
+        if state is not None:
+            raise ValueError("document_starts came together with a state: a stream goes on with its document; give one or the other")
+        shape = (document_starts.number_BT if isinstance(document_starts, DocumentLayout) else document_starts).shape
+        if shape != tokens_BT.shape:
+            raise ValueError(f"document_starts have shape {tuple(shape)}; they must have that of the tokens, {tuple(tokens_BT.shape)}")
+        if isinstance(document_starts, DocumentLayout):
+            return document_starts
+        return DocumentLayout.of(document_starts, self.config).to(tokens_BT.device)
 
     def _through_head(self, x_BTM: Tensor, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         return use(x_BTM, self.embedding.weight) if self.head is None else self.head(x_BTM, use)

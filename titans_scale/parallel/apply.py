@@ -60,7 +60,12 @@ def checkpoint_blocks(model: TitansLM, keeps: Callable[[OpOverload], bool] | Non
 
 
 def compile_blocks(model: TitansLM) -> None:
-    """Compile every block by itself: one graph serves all layers, and sharding can prefetch between them."""
+    """Compile every block by itself: one graph serves all layers, and sharding can prefetch between them.
+
+    Packed documents come in rows of a dozen lengths or more, with and without gradients: past torch's limit of 8 a block would run
+    uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.compile()
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from titans_scale.models.attention.flash import flash_backward, flash_forward
 from titans_scale.models.attention.tiles import scaled_scores, softmax_gradients, tiled_backward, tiled_forward, visible_pairs, wide
+from titans_scale.models.documents import DocumentLayout
 
 
 def attend(
@@ -34,16 +35,20 @@ def attend(
     prefix_v_BHPD: Tensor,
     window: int,
     backend: str,
+    documents: DocumentLayout | None = None,
 ) -> Tensor:
     """Softmax over the prefix, seen by every query, and over all groups: of each, a query sees the last `window` up to its own place.
 
     Args:
         q_BHTD: queries of the last T of the S tokens, rotated.   keys, values: (B, H, S, D) for each group; keys rotated.
         prefix_q_BHTD: the same queries, not rotated.   backend: "flash" or "sdpa".
+        documents: of rows that several are packed in (T = S then): a token sees none of another document.
     """
     if prefix_k_BHPD.shape[2] == 0:
         prefix_q_BHTD = prefix_q_BHTD[:, :, :0]  # met by nothing, so not to be kept for the backward pass
-    return torch.ops.titans_scale.attention(q_BHTD, keys, values, prefix_q_BHTD, prefix_k_BHPD, prefix_v_BHPD, window, backend)[0]
+    packed = (documents.number_BT, documents.bounds_D) if documents else (None, None)
+    prefix = (prefix_q_BHTD, prefix_k_BHPD, prefix_v_BHPD)
+    return torch.ops.titans_scale.attention(q_BHTD, keys, values, *prefix, window, backend, *packed)[0]
 
 
 def merge(
@@ -67,18 +72,25 @@ def merge(
 
 @torch.library.custom_op("titans_scale::attention", mutates_args=())
 def _attention(
-    q: Tensor, keys: list[Tensor], values: list[Tensor], prefix_q: Tensor, prefix_k: Tensor, prefix_v: Tensor, window: int, backend: str
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    prefix_q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    window: int,
+    backend: str,
+    number: Tensor | None,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    forward = flash_forward if backend == "flash" else tiled_forward
-    parts = [forward(q, k, v, window) for k, v in zip(keys, values, strict=True)]
+    forward, documents = (flash_forward, bounds) if backend == "flash" else (tiled_forward, number)
+    parts = [forward(q, k, v, window, documents) for k, v in zip(keys, values, strict=True)]
     out, lse = merge(parts, prefix_q, prefix_k, prefix_v)
     return _like_tokens(out), lse.contiguous()
 
 
 @_attention.register_fake
-def _(
-    q: Tensor, keys: list[Tensor], values: list[Tensor], prefix_q: Tensor, prefix_k: Tensor, prefix_v: Tensor, window: int, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like_tokens(torch.empty_like(q)), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
@@ -89,35 +101,44 @@ def _like_tokens(x_BHTD: Tensor) -> Tensor:
 
 @torch.library.custom_op("titans_scale::attention_group_backward", mutates_args=())
 def _group_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int, backend: str
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    backend: str,
+    number: Tensor | None,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = flash_backward if backend == "flash" else tiled_backward
-    dq, dk, dv = backward(grad, q, k, v, out, lse, window)
+    backward, documents = (flash_backward, bounds) if backend == "flash" else (tiled_backward, number)
+    dq, dk, dv = backward(grad, q, k, v, out, lse, window, documents)
     return _like_tokens(dq), _like_tokens(dk), _like_tokens(dv)
 
 
 @_group_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like_tokens(torch.empty_like(q)), _like_tokens(torch.empty_like(k)), _like_tokens(torch.empty_like(v))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, keys, values, prefix_q, prefix_k, prefix_v, ctx.window, ctx.backend = inputs
-    ctx.save_for_backward(q, prefix_q, prefix_k, prefix_v, *output, *keys, *values)
+    q, keys, values, prefix_q, prefix_k, prefix_v, ctx.window, ctx.backend, *documents = inputs
+    ctx.save_for_backward(q, prefix_q, prefix_k, prefix_v, *documents, *output, *keys, *values)
 
 
 def _gradients(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     """The log-sum-exp is for this function alone: nobody else sees it, so no gradient comes through it."""
-    q, prefix_q, prefix_k, prefix_v, out, lse, *groups = ctx.saved_tensors
+    q, prefix_q, prefix_k, prefix_v, number, bounds, out, lse, *groups = ctx.saved_tensors
     keys, values = groups[: len(groups) // 2], groups[len(groups) // 2 :]
     backward = torch.ops.titans_scale.attention_group_backward
-    by_group = [backward(grad, q, k, v, out, lse, ctx.window, ctx.backend) for k, v in zip(keys, values, strict=True)]
+    by_group = [backward(grad, q, k, v, out, lse, ctx.window, ctx.backend, number, bounds) for k, v in zip(keys, values, strict=True)]
     dqs, dks, dvs = ([group[place] for group in by_group] for place in range(3))
     of_prefix: tuple[Tensor | None, ...] = (None, None, None)
     if prefix_k.shape[2]:
         p = (scaled_scores(prefix_q, prefix_k) - lse[..., None]).exp()
         of_prefix = softmax_gradients(p, grad, prefix_q, prefix_k, prefix_v, out)
-    return (sum(dqs[1:], start=dqs[0]), dks, dvs, *of_prefix, None, None)
+    return (sum(dqs[1:], start=dqs[0]), dks, dvs, *of_prefix, None, None, None, None)
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)

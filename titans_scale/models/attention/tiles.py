@@ -21,38 +21,52 @@ KEYS_ALIGNMENT = 16
 
 
 class Tile(NamedTuple):
-    """Queries begin to end, over the keys first_key to last_key; the mask is 0 where a query sees a key, else -inf."""
+    """Queries begin to end, over the keys first_key to last_key; the mask is 0 where a query sees a key, else -inf.
+
+    For each row a mask of its own, (B, 1, T, S), where documents differ.
+    """
 
     begin: int
     end: int
     first_key: int
     last_key: int
-    mask_TS: Tensor | None
+    mask: Tensor | None
 
 
-def tiled_forward(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Each of the last T of S tokens over the last `window` up to itself: the output (B, H, T, D), log-sum-exp of the scores (B, H, T)."""
-    if _is_one_causal_call(q_BHTD, k_BHSD, window):
+def tiled_forward(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, window: int, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each of the last T of S tokens over the last `window` up to itself: the output (B, H, T, D), log-sum-exp of the scores (B, H, T).
+
+    Args:
+        document_BT: of each token the number of its document, and no token sees one of another; T = S then. None: all are of one.
+    """
+    if document_BT is None and _is_one_causal_call(q_BHTD, k_BHSD, window):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHSD, v_BHSD, 0.0, True)
     forward = _cpu_forward if q_BHTD.device.type == "cpu" else _product_forward
     out, lse = _zeros_by_token(q_BHTD, q_BHTD.dtype), q_BHTD.new_empty(q_BHTD.shape[:3], dtype=wide(q_BHTD.dtype))
-    for begin, end, first_key, last_key, mask in _tiles(q_BHTD, k_BHSD.shape[2], window):
+    for begin, end, first_key, last_key, mask in _tiles(q_BHTD, k_BHSD.shape[2], window, document_BT):
         keys = slice(first_key, last_key)
         out[:, :, begin:end], lse[:, :, begin:end] = forward(q_BHTD[:, :, begin:end], k_BHSD[:, :, keys], v_BHSD[:, :, keys], mask)
     return out, lse
 
 
 def tiled_backward(
-    grad_BHTD: Tensor, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, out_BHTD: Tensor, lse_BHT: Tensor, window: int
+    grad_BHTD: Tensor,
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    out_BHTD: Tensor,
+    lse_BHT: Tensor,
+    window: int,
+    document_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. The probabilities are exp(score - lse), so that lse may be that of a softmax over more keys than these."""
-    if _is_one_causal_call(q_BHTD, k_BHSD, window):
+    if document_BT is None and _is_one_causal_call(q_BHTD, k_BHSD, window):
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return flash_backward(grad_BHTD, q_BHTD, k_BHSD, v_BHSD, out_BHTD, lse_BHT, 0.0, True)
     backward = _cpu_backward if q_BHTD.device.type == "cpu" else _product_backward
     sums = wide(k_BHSD.dtype)  # a key's gradient comes from several tiles
     dq, dk, dv = _zeros_by_token(q_BHTD, q_BHTD.dtype), _zeros_by_token(k_BHSD, sums), _zeros_by_token(v_BHSD, sums)
-    for begin, end, first_key, last_key, mask in _tiles(q_BHTD, k_BHSD.shape[2], window):
+    for begin, end, first_key, last_key, mask in _tiles(q_BHTD, k_BHSD.shape[2], window, document_BT):
         grad, q, out = (x[:, :, begin:end] for x in (grad_BHTD, q_BHTD, out_BHTD))
         keys = slice(first_key, last_key)
         gradients = backward(grad, q, k_BHSD[:, :, keys], v_BHSD[:, :, keys], out, lse_BHT[:, :, begin:end], mask)
@@ -84,7 +98,7 @@ def _is_one_causal_call(q_BHTD: Tensor, k_BHSD: Tensor, window: int) -> bool:
     return q_BHTD.device.type == "cpu" and num_queries == k_BHSD.shape[2] <= min(window, 1024)
 
 
-def _tiles(q_BHTD: Tensor, num_keys: int, window: int) -> Iterator[Tile]:
+def _tiles(q_BHTD: Tensor, num_keys: int, window: int, document_BT: Tensor | None) -> Iterator[Tile]:
     num_queries = q_BHTD.shape[2]
     past = num_keys - num_queries
     # A GPU wants few launches, a CPU scores that stay in its cache: measured best between windows of 16 and 2,048.
@@ -97,6 +111,9 @@ def _tiles(q_BHTD: Tensor, num_keys: int, window: int) -> Iterator[Tile]:
         if end - begin > 1:
             first_key -= first_key % KEYS_ALIGNMENT
             mask = _band(end - begin, last_key - first_key, window, q_BHTD.dtype, q_BHTD.device)
+        if document_BT is not None:
+            differ = document_BT[:, None, begin:end, None] != document_BT[:, None, None, first_key:last_key]
+            mask = (q_BHTD.new_zeros(()) if mask is None else mask).expand(differ.shape).masked_fill(differ, -torch.inf)
         yield Tile(begin, end, first_key, last_key, mask)
 
 
@@ -109,33 +126,33 @@ def _band(num_queries: int, num_keys: int, window: int, dtype: torch.dtype, devi
     return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
 
 
-def _cpu_forward(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_TS: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHSD, v_BHSD, 0.0, False, attn_mask=mask_TS)
+def _cpu_forward(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHSD, v_BHSD, 0.0, False, attn_mask=mask)
 
 
 def _cpu_backward(
-    grad_BHTD: Tensor, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, out_BHTD: Tensor, lse_BHT: Tensor, mask_TS: Tensor | None
+    grad_BHTD: Tensor, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, out_BHTD: Tensor, lse_BHT: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return flash_backward(grad_BHTD, q_BHTD, k_BHSD, v_BHSD, out_BHTD, lse_BHT, 0.0, False, attn_mask=mask_TS)
+    return flash_backward(grad_BHTD, q_BHTD, k_BHSD, v_BHSD, out_BHTD, lse_BHT, 0.0, False, attn_mask=mask)
 
 
-def _product_forward(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_TS: Tensor | None) -> tuple[Tensor, Tensor]:
-    scores = _scores(q_BHTD, k_BHSD, mask_TS)
+def _product_forward(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = _scores(q_BHTD, k_BHSD, mask)
     lse = scores.logsumexp(-1)
     return (scores.sub_(lse[..., None]).exp_() @ v_BHSD.to(scores.dtype)).to(q_BHTD.dtype), lse
 
 
 def _product_backward(
-    grad_BHTD: Tensor, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, out_BHTD: Tensor, lse_BHT: Tensor, mask_TS: Tensor | None
+    grad_BHTD: Tensor, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, out_BHTD: Tensor, lse_BHT: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = _scores(q_BHTD, k_BHSD, mask_TS).sub_(lse_BHT[..., None]).exp_()
+    p = _scores(q_BHTD, k_BHSD, mask).sub_(lse_BHT[..., None]).exp_()
     return softmax_gradients(p, grad_BHTD, q_BHTD, k_BHSD, v_BHSD, out_BHTD)
 
 
-def _scores(q_BHTD: Tensor, k_BHSD: Tensor, mask_TS: Tensor | None) -> Tensor:
+def _scores(q_BHTD: Tensor, k_BHSD: Tensor, mask: Tensor | None) -> Tensor:
     scores = scaled_scores(q_BHTD, k_BHSD)
-    return scores if mask_TS is None else scores.add_(mask_TS)
+    return scores if mask is None else scores.add_(mask)
 
 
 def scaled_scores(q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
