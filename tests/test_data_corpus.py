@@ -1,11 +1,17 @@
+import gzip
+import io
 import json
+import tarfile
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans_scale.data import Document, read_corpus, standard_library, text_files, write_corpus
-from titans_scale.data import corpus as corpus_module
+from titans_scale.data.text import corpus as corpus_module
 
 
 def documents(*texts):
@@ -47,6 +53,48 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_no_text_is_counted(lib
         "library/d.jsonl:2": "t\ufffdwo",
     }
     assert files.skipped == {"not text": 4, "empty": 1, 'lines without a "text"': 4}
+
+
+def test_compressed_files_parquet_and_tars_are_read_and_what_is_cut_short_is_counted(tmp_path):
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "b.ndjson.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"three"))
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"three")[:-6])
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["four", None, "five"]}), tmp_path / "d.parquet")
+    with tarfile.open(tmp_path / "e.tar", "w") as tar:
+        for name, data in {"x.json": b'{"text": "six"}', "x.png": b"image", "y.json": b"{}", "z.txt": b"seven"}.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    files = text_files(tmp_path, label="x")
+    assert {document.source: document.text for document in files} == {
+        "x/a.jsonl.gz:1": "one",
+        "x/a.jsonl.gz:2": "two",
+        "x/b.ndjson.zst:1": "one",
+        "x/b.ndjson.zst:2": "two",
+        "x/c.txt.gz": "three",
+        "x/d.parquet:1": "four",
+        "x/d.parquet:3": "five",
+        "x/e.tar:1": "six",
+        "x/e.tar:4": "seven",
+    }
+    assert files.skipped == {"unreadable": 1, "empty": 1, 'lines without a "text"': 1, "members of tars that are no text": 1}
+
+
+def test_a_separator_parts_a_text_file_and_a_key_says_where_the_text_is(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n--\ntwo\n--\n \n--\n")
+    (tmp_path / "b.jsonl").write_text('{"body": "three"}\n{"text": "four"}\n')
+    files = text_files(tmp_path, label="x", text_key="body", split_text_on="\n--\n")
+    assert {document.source: document.text for document in files} == {"x/a.txt:1": "one", "x/a.txt:2": "two", "x/b.jsonl:1": "three"}
+    assert files.skipped == {"empty": 1, 'lines without a "body"': 1}
+
+
+def test_a_parquet_file_without_the_column_is_named_with_those_it_has(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["four"]}), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet has no column 'text'; its columns are body: name the one to read as text_key"):
+        list(text_files(tmp_path))
+    assert [document.text for document in text_files(tmp_path, text_key="body")] == ["four"]
 
 
 @pytest.mark.parametrize(

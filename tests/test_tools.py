@@ -88,7 +88,7 @@ def test_every_option_is_explained_in_the_help(name, capsys):
     ("name", "arguments", "sentence"),
     [
         ("evaluate", ["--checkpoint", "nowhere", "--text", "{text}"], "there is no whole checkpoint in nowhere"),
-        ("evaluate", ["--checkpoint", "{run}", "--text", "nowhere.txt"], "nowhere.txt is neither a file nor a folder"),
+        ("evaluate", ["--checkpoint", "{run}", "--text", "nowhere.txt"], "nowhere.txt does not exist"),
         ("evaluate", ["--checkpoint", "{run}", "--text", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         ("evaluate", ["--checkpoint", "{run}", "--text", "{text}", "--batch_size", "0"], "batch_size is 0"),
         ("evaluate", ["--checkpoint", "{run}", "--text", "{text}", "--max_bytes", "0"], "there is no text"),

@@ -1,6 +1,7 @@
 """Make a corpus, train.jsonl and validation.jsonl, of your own text files, or of the Python standard library's sources.
 
-A folder is read with all its subfolders, every file that is UTF-8 text being one document (of .jsonl files, the "text" of each line).
+A folder is read with all its subfolders, every file that is UTF-8 text being one document. Of JSON lines, Parquet and WebDataset tars, each
+line, row and member is one. Files may be compressed as .gz or .zst. What cannot be read is left out and counted.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 from titans_scale.data import standard_library, text_files, write_corpus
+from titans_scale.data.text.inputs import separator
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,6 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("data/corpus"), help="folder to write (default: %(default)s)")
     parser.add_argument("--include", nargs="+", default=["*"], metavar="GLOB", help="take only files whose name or path matches")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="leave out files whose name or path matches")
+    parser.add_argument("--text_key", default="text", metavar="NAME", help="key or column that holds the text (default: %(default)s)")
+    parser.add_argument("--split_text_on", type=separator, metavar="TEXT", help=r"parts the documents of a text file, for example '\n\n'")
     parser.add_argument("--max_bytes", type=int, metavar="N", help="bytes of text to take at most (default: all)")
     parser.add_argument("--validation_fraction", type=float, default=0.03, metavar="F", help="share held out (default: %(default)s)")
     parser.add_argument("--include_tests", action="store_true", help="take the standard library's own tests as well")
@@ -29,7 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
             if output == (options.path.parent if options.path.is_file() else options.path).resolve():
                 raise ValueError(f"--output {options.output} is the folder of the text itself; give another")
             documents = text_files(
-                options.path, include=options.include, exclude=options.exclude, enter=lambda folder: folder.resolve() != output
+                options.path,
+                include=options.include,
+                exclude=options.exclude,
+                enter=lambda folder: folder.resolve() != output,
+                text_key=options.text_key,
+                split_text_on=options.split_text_on,
             )
         report = write_corpus(
             documents,

@@ -3,19 +3,19 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from titans_scale.data import read_corpus, text_files
+from titans_scale.data import text_files
+from titans_scale.data.text.inputs import find_inputs, read_texts
 
 
 def read_documents(path: str | Path) -> Iterator[str]:
-    """The documents of a corpus (.jsonl), of a text file, or of all text files in a folder.
+    """The documents of a file of any kind that `data.inputs` reads, or of all such files in a folder; blank ones are left out.
 
     Raises:
-        ValueError: nothing there, or a line of the corpus has no text.
+        ValueError: nothing there, or something in the file is no text.
     """
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        return read_corpus(path)
-    return (document.text for document in text_files(path))
+    if Path(path).is_dir():
+        return (document.text for document in text_files(path))
+    return (text for text in read_texts(find_inputs([path])) if text.strip())
 
 
 def first_bytes(documents: Iterator[str], max_bytes: int | None) -> list[str]:

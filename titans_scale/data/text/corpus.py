@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from titans_scale.data.files import sha256_of_file, temporary_name, unfinished_file
-from titans_scale.data.sources import Document, text_of_line
+from titans_scale.data.files import temporary_name, unfinished_file
+from titans_scale.data.text.inputs import find_inputs, read_texts
+from titans_scale.data.text.sources import Document
 
-SPLITS: tuple[str, str] = ("train", "validation")
+VALIDATION = "validation"
+"""The split that is held out."""
+SPLITS: tuple[str, str] = ("train", VALIDATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,39 +64,24 @@ def write_corpus(
         return _put_in_place(report, directory, overwrite=overwrite)
 
 
-def corpus_fingerprint(file: str | Path) -> str:
-    """SHA-256 of a .jsonl file, in hexadecimal.
+def corpus_file(file: str | Path) -> Path:
+    """The path of a split's .jsonl file.
 
     Raises:
         ValueError: the file is missing.
     """
-    _require_file(Path(file))
-    return sha256_of_file(file)
+    if not Path(file).is_file():
+        raise ValueError(f"{file} does not exist; make a corpus with tools/make_corpus.py --output {Path(file).parent}")
+    return Path(file)
 
 
-def read_corpus(file: str | Path, *, on_read: Callable[[int], object] | None = None) -> Iterator[str]:
+def read_corpus(file: str | Path) -> Iterator[str]:
     """The texts of a .jsonl file, in order.
 
-    Args:
-        on_read: called with the bytes of each line of the file, for a progress bar.
     Raises:
         ValueError: the file is missing, or a line is no JSON object with a "text".
     """
-    file = Path(file)
-    _require_file(file)
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = text_of_line(line)
-            if text is None:
-                raise ValueError(f'line {number} of {file} is not a JSON object with a "text"')
-            yield text
-            if on_read:
-                on_read(len(line))
-
-
-def _require_file(file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; make a corpus with tools/make_corpus.py --output {file.parent}")
+    return read_texts(find_inputs([corpus_file(file)], format="jsonl"))
 
 
 def _write_both(documents: Callable[[], Iterator[Document]], directory: Path, fraction: float) -> CorpusReport:

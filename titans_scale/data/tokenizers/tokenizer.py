@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or a SentencePiece model. `load_tokenizer` gives either.
+"""Text to token ids and back: what a tokenizer is, and the two simplest, bytes and a SentencePiece model.
 
 A tokenizer trained here is lossless: decode(encode(text)) == text for any text that UTF-8 can write. One made elsewhere may not be.
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from titans_scale.data.files import atomic_write
+
 PIECE_CHARACTERS = 1 << 16
 """Longer texts are encoded in pieces of about this size: SentencePiece slows to half and takes 100 bytes a character on longer ones."""
 SPACE_MARK = "\u2581"
@@ -22,7 +24,7 @@ class Tokenizer(ABC):
     """What data and evaluation need of a tokenizer."""
 
     spec: str
-    """"byte", or the path of the model file: what `load_tokenizer` takes."""
+    """"byte", or the path of a model: what `load_tokenizer` takes."""
     vocab_size: int
     eos_id: int
     """Stands before the first document and after every one. Never the result of encoding a text."""
@@ -45,15 +47,34 @@ class Tokenizer(ABC):
             raise ValueError(
                 f"character {error.start} of a text is the lone surrogate {text[error.start]!a}, which UTF-8 cannot write; replace it"
             ) from error
-        yield from cut(text)
+        yield from self.cut(text)
+
+    def cut(self, text: str) -> Iterator[str]:
+        """`pieces` of a text that UTF-8 can write."""
+        return cut(text)
 
     @abstractmethod
-    def encode_pieces(self, pieces: Sequence[str], *, num_threads: int = 1) -> list[np.ndarray]:
-        """Token ids of each piece that `pieces` gave, as an int array each."""
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each piece that `pieces` gave, as a read-only int array each."""
 
-    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids. End-of-document is nothing; bytes that are no UTF-8 and ids past the vocabulary are U+FFFD."""
+        text, run = [], []
+        for token in map(int, ids):
+            if 0 <= token < self.vocab_size:
+                run.append(token)
+            else:
+                text += [self.decode_known(run), "\ufffd"]
+                run = []
+        return "".join([*text, self.decode_known(run)])
+
+    @abstractmethod
+    def decode_known(self, ids: list[int]) -> str:
+        """`decode` of ids that are all in the vocabulary."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> str:
+        """Copy the model into a folder, each file whole or not at all; gives the copy's spec from there ("byte" has no file)."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -64,13 +85,14 @@ class ByteTokenizer(Tokenizer):
     eos_id = 256
     fingerprint = hashlib.sha256(b"titans_scale byte tokenizer: ids 0-255 are bytes, 256 is end of document").hexdigest()
 
-    def encode_pieces(self, pieces: Sequence[str], *, num_threads: int = 1) -> list[np.ndarray]:
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(piece.encode(), dtype=np.uint8) for piece in pieces]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        unknown = "\ufffd".encode()
-        known = (bytes([token]) if 0 <= token < 256 else b"" if token == self.eos_id else unknown for token in map(int, ids))
-        return b"".join(known).decode(errors="replace")
+    def decode_known(self, ids: list[int]) -> str:
+        return bytes(token for token in ids if token != self.eos_id).decode(errors="replace")
+
+    def save(self, folder: str | Path) -> str:
+        return self.spec
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -99,43 +121,35 @@ class SentencePieceTokenizer(Tokenizer):
         adds_a_blank = bool(first) and self._processor.id_to_piece(first[0]).startswith(SPACE_MARK)
         self._can_be_cut = not adds_a_blank and all(map(self._processor.is_byte, self._mark_ids))
 
-    def pieces(self, text: str) -> Iterator[str]:
-        """As for any tokenizer, and each run of U+2581 by itself. A model that puts a blank before every text gets it in one piece."""
-        for piece in super().pieces(text):
-            if not self._can_be_cut:
-                yield text
-                return
+    def cut(self, text: str) -> Iterator[str]:
+        """As of any tokenizer, and each run of U+2581 by itself. A model that puts a blank before every text gets it in one piece."""
+        if not self._can_be_cut:
+            yield text
+            return
+        for piece in super().cut(text):
             yield from (part for part in re.split(f"({SPACE_MARK}+)", piece) if part) if SPACE_MARK in piece else (piece,)
 
-    def encode_pieces(self, pieces: Sequence[str], *, num_threads: int = 1) -> list[np.ndarray]:
-        tokens = self._processor.encode(list(pieces), num_threads=num_threads) if pieces else []
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
+        # one thread: left to itself it takes all cores, in every process that tokenizes
+        tokens = self._processor.encode(list(pieces), out_type="numpy", num_threads=1) if pieces else []
         for position, piece in enumerate(pieces):
             if self._can_be_cut and piece.startswith(SPACE_MARK):
-                tokens[position] = self._mark_ids * len(piece)
-        return [np.array(ids, dtype=np.int32) for ids in tokens]
+                tokens[position] = np.array(self._mark_ids * len(piece), dtype=np.int32)
+        return tokens
 
-    def decode(self, ids: Iterable[int]) -> str:
-        text, run = [], []
-        for token in map(int, ids):
-            if 0 <= token < self.vocab_size:
-                run.append(token)
-            else:
-                text += [self._processor.decode(run), "\ufffd"]
-                run = []
-        return "".join([*text, self._processor.decode(run)])
+    def decode_known(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def save(self, folder: str | Path) -> str:
+        write_if_other(Path(folder) / "tokenizer.model", self.model)
+        return "tokenizer.model"
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer of a spec: "byte", or the path of a SentencePiece model.
-
-    Raises:
-        ValueError: neither of the two.
-    """
-    if str(spec) == "byte":
-        return ByteTokenizer()
-    if not Path(spec).is_file():
-        raise ValueError(f"tokenizer {str(spec)!r} is neither 'byte' nor a file; make one with tools/train_tokenizer.py")
-    return SentencePieceTokenizer(spec)
+def write_if_other(path: Path, content: bytes) -> None:
+    """Write a file unless it is there with this content already."""
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic_write(path) as file:
+            file.write(content)
 
 
 def cut(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """Training of a SentencePiece model whose round trip loses nothing."""
 
 import hashlib
+import heapq
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from titans_scale.data.files import atomic_write
-from titans_scale.data.tokenizer import SentencePieceTokenizer, cut
+from titans_scale.data.tokenizers.tokenizer import SentencePieceTokenizer, cut
 
 RESERVED = "\u2585"
 """SentencePiece skips every training sentence with this character (its sign for 'unknown')."""
@@ -21,7 +22,6 @@ def train_sentencepiece(
     vocab_size: int,
     *,
     max_bytes: int = 50_000_000,
-    total_bytes: int | None = None,
     character_coverage: float = 0.9995,
 ) -> SentencePieceTokenizer:
     """Train byte-pair merges on some texts and write the model file, whole or not at all.
@@ -29,8 +29,7 @@ def train_sentencepiece(
     The same texts give the same file. Numbers are split into digits, and what has no piece of its own is written as bytes, as in Llama 2.
 
     Args:
-        max_bytes: UTF-8 bytes to learn from, 50 MB by default: about 15 seconds and 2 GB of memory.
-        total_bytes: bytes of all the texts. With it, an even selection of about max_bytes of them; without, the first max_bytes.
+        max_bytes: UTF-8 bytes to learn from, an even selection of all, 50 MB by default: about 15 seconds and 2 GB of memory.
         character_coverage: share of the characters seen that get a piece of their own; the rest are written as bytes.
     Raises:
         ValueError: no text, or a vocab_size that the text cannot fill or that cannot hold its characters (with one that works).
@@ -39,11 +38,14 @@ def train_sentencepiece(
 
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size is {vocab_size}; the smallest is {SMALLEST_VOCABULARY}: 256 bytes, 'unknown' and 'end of document'")
-    model = io.BytesIO()
-    share = 1.0 if total_bytes is None else min(1.0, max_bytes / max(1, total_bytes))
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes is {max_bytes}; it must be at least 1")
+    if not 0 < character_coverage <= 1:
+        raise ValueError(f"character_coverage is {character_coverage}; it must be above 0 and at most 1")
+    model, sentences = io.BytesIO(), _selection(texts, max_bytes=max_bytes)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_selection(texts, max_bytes=max_bytes, share=share),
+            sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -69,18 +71,21 @@ def train_sentencepiece(
     return SentencePieceTokenizer(model_path)
 
 
-def _selection(texts: Iterable[str], *, max_bytes: int, share: float) -> Iterator[str]:
-    left = max_bytes
-    for text in texts:
-        for piece in cut(text):
-            data = piece.encode()
-            if int.from_bytes(hashlib.sha256(data).digest()[:8]) >= share * 2**64:
-                continue
-            left -= len(data)
-            if piece:
-                yield piece.replace(RESERVED, " ")
-            if left <= 0:
-                return
+def _selection(texts: Iterable[str], *, max_bytes: int) -> list[str]:
+    """About max_bytes of the texts' pieces, in order: those of the lowest hashes, so that it is even without knowing how much there is."""
+    kept: list[tuple[int, int, str, int]] = []
+    """A heap, the highest hash first: minus the hash, the piece's number, the piece, its bytes."""
+    total = 0
+    for number, piece in enumerate(piece for text in texts for piece in cut(text) if piece):
+        data = piece.encode()
+        rank = -int.from_bytes(hashlib.sha256(data).digest()[:8])
+        if total >= max_bytes and rank < kept[0][0]:
+            continue
+        heapq.heappush(kept, (rank, number, piece, len(data)))
+        total += len(data)
+        while total - kept[0][3] >= max_bytes:
+            total -= heapq.heappop(kept)[3]
+    return [piece.replace(RESERVED, " ") for _, piece in sorted((number, piece) for _, number, piece, _ in kept)]
 
 
 def _sentence(message: str, vocab_size: int) -> str:
