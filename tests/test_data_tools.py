@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_three_commands_without_options_lead_from_text_to_shards_and_may_be_repe
         ("make_corpus", ["texts/1.txt", "--output", "texts"], "is the folder of the text itself"),
         ("make_corpus", ["texts", "--max_bytes", "1"], "max_bytes is 1"),
         ("train_tokenizer", [], "data/corpus/train.jsonl does not exist; make a corpus with"),
-        ("make_shards", [], "'data/tokenizer.model' is neither 'byte' nor a file; make one with tools/train_tokenizer.py"),
+        ("make_shards", [], "'data/tokenizer.model' is neither 'byte' nor a file"),
         ("make_shards", ["--tokenizer", "byte"], "data/corpus/train.jsonl does not exist; make a corpus with"),
     ],
     ids=str,
@@ -76,19 +77,19 @@ def test_mistakes_are_one_sentence_with_exit_code_2(run, text_folder, tool, argu
     assert err.startswith(f"{tool}: ") and sentence in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("tool", ["make_corpus", "train_tokenizer", "make_shards"])
+@pytest.mark.parametrize("tool", ["make_corpus", "train_tokenizer", "make_shards", "verify_shards"])
 def test_a_misspelt_option_is_named(run, tool):
-    code, _, err = run(tool, "--overwrit")
+    code, _, err = run(tool, *(["folder"] if tool == "verify_shards" else []), "--overwrit")
     assert code == 2
     assert "unrecognized arguments: --overwrit" in err
 
 
-@pytest.mark.parametrize("tool", ["make_corpus", "train_tokenizer", "make_shards"])
+@pytest.mark.parametrize("tool", ["make_corpus", "train_tokenizer", "make_shards", "verify_shards"])
 def test_help_explains_every_option(run, tool):
     code, out, _ = run(tool, "--help")
     assert code == 0
     options = out.split("options:")[1].split("\n  -")[1:]
-    assert len(options) > 4
+    assert len(options) > 3
     assert all(len(" ".join(option.split()).rsplit("]", 1)[-1].split()) > 3 for option in options)
 
 
@@ -117,23 +118,52 @@ def test_a_corpus_without_a_validation_split_makes_shards_for_training_alone(run
     assert not Path("data/tokens/validation").exists()
 
 
-def test_ctrl_c_is_one_line_and_the_next_run_starts_over(run, text_folder):
+def test_ctrl_c_is_one_line_and_the_next_run_goes_on(run, text_folder):
     folder = Path("data/corpus")
     folder.mkdir(parents=True)
-    folder.joinpath("train.jsonl").write_text('{"text": "%s"}\n' % ("some words " * 100_000) * 100)  # seconds of work
-    command = [sys.executable, TOOLS / "make_shards.py", "--tokenizer", "byte", "--samples_per_shard", "100"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    folder.joinpath("train.jsonl").write_text('{"text": "%s"}\n' % ("some words " * 100_000) * 25)  # seconds of work
+    command = [sys.executable, TOOLS / "make_shards.py", "--tokenizer", "byte", "--samples_per_shard", "100", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     for _ in range(600):
         if Path("data/tokens/train/000001.tar").exists():
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "make_shards: stopped; a split that was not finished will be made anew by the next run"
-    assert "Traceback" not in err
+    assert err == "make_shards: stopped; finished shards are kept, and the same command goes on from there\n"
     with pytest.raises(ValueError, match="never finished"):
         open_split("data/tokens", "train")
-    folder.joinpath("train.jsonl").write_text('{"text": "short"}\n')
-    assert run("make_shards", "--tokenizer", "byte")[0] == 0
-    assert len(open_split("data/tokens", "train")) == 1
+    written = Path("data/tokens/train/000000.tar").stat().st_mtime_ns
+    assert run("make_shards", "--tokenizer", "byte", "--samples_per_shard", 100)[0] == 0
+    assert open_split("data/tokens", "train").index.documents == 25
+    assert Path("data/tokens/train/000000.tar").stat().st_mtime_ns == written
+
+
+def test_verify_ends_with_0_where_all_is_well_and_with_1_and_a_line_for_each_finding_where_it_is_not(run, text_folder):
+    (text_folder / "picture.png").unlink()
+    run("make_shards", text_folder, "--tokenizer", "byte", "--sequence_length", 64, "--validation_fraction", 0.2, "--workers", 1)
+    code, out, err = run("verify_shards", "data/tokens", "--workers", 1, "--show", 1)
+    assert (code, err) == (0, "")
+    assert out.endswith(" bytes of shards\n") and "nothing is wrong with" in out and out.count("The memory learns") >= 2
+    assert run("make_shards", "--info", "data/tokens")[1].count("fingerprint") == 2
+    shard = Path("data/tokens/train/000000.tar")
+    shard.write_bytes(b"?" + shard.read_bytes()[1:])
+    code, out, _ = run("verify_shards", "data/tokens", "--workers", 1)
+    assert code == 1
+    first, second, summary = out.splitlines()
+    assert "has SHA-256" in first and "000000000.npy" in second and summary.startswith("findings: 2 in")
+    assert run("verify_shards", "data/tokens", "--quick")[0] == 0
+    assert run("verify_shards", "nowhere")[::2] == (2, "verify_shards: nowhere is not a folder; name one that tools/make_shards.py wrote\n")
+
+
+@pytest.mark.parametrize("validation_fraction", [0, 0.3])
+def test_shards_are_made_of_a_folder_of_texts_without_a_corpus(run, text_folder, validation_fraction):
+    (text_folder / "picture.png").unlink()
+    options = ["--tokenizer", "byte", "--workers", 1, "--validation_fraction", validation_fraction]
+    code, out, err = run("make_shards", text_folder, *options)
+    assert (code, err) == (0, "")
+    assert ("no validation split was made" in out) == (validation_fraction == 0)
+    splits = ["train", "validation"] if validation_fraction else ["train"]
+    assert sum(open_split("data/tokens", split).index.documents for split in splits) == 120
+    assert run("make_shards", text_folder, *options)[1].count("already there") == len(splits)

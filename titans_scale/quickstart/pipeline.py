@@ -14,7 +14,8 @@ from pathlib import Path
 
 from titans_scale.config import ConfigError, TitansConfig, load_config
 from titans_scale.data.files import atomic_write
-from titans_scale.quickstart.runner import Runner, available_cores, shown
+from titans_scale.data.processes import available_cores
+from titans_scale.quickstart.runner import Runner, shown
 from titans_scale.quickstart.stages import (
     Plan,
     beside_python,

@@ -84,13 +84,3 @@ def command_line(command: Command, environment: Mapping[str, str]) -> str:
 def shown(part: str | Path) -> str:
     path = Path(part)
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(part)
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and the share that a container gives it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max"
-        return cores

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titans_scale.config import TitansConfig
-from titans_scale.quickstart.runner import Command, Stage, available_cores
+from titans_scale.data.processes import available_cores
+from titans_scale.quickstart.runner import Command, Stage
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 """Of the checkout: an editable install leaves the package where the tools are."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from titans_scale.data.files import atomic_write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 
 
@@ -33,7 +33,30 @@ class ShardSettings:
     samples_per_shard: int
     tokenizer_fingerprint: str
     source: str
-    """SHA-256 of the corpus file, or "" where the documents came from elsewhere and nothing is known of them."""
+    """SHA-256 over all documents as they were read, or "" where they came from a program and nothing is known of them."""
+    text_key: str = "text"
+    split_text_on: str | None = None
+    validation_fraction: float = 0.0
+    """Documents whose text's hash lies below it are those of the split "validation", the others of any other. 0: all are this split's."""
+    on_bad_document: str = "raise"
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 1 or self.samples_per_shard < 1:
+            raise ValueError(
+                f"sequence_length is {self.sequence_length} and samples_per_shard is {self.samples_per_shard}; both must be at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFiles:
+    """The files that a split was made of, as they lay on the disk."""
+
+    files: int
+    bytes: int
+    first: str
+    """Name of the first."""
+    stamp: str
+    """SHA-256 over the names, sizes and times of change of all: the same stamp, the same content, and no need to read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +70,7 @@ class ShardIndex:
     format_version: int
     settings: ShardSettings
     tokenizer: str
-    """ "byte", or where the SentencePiece model lies, from the index's folder."""
+    """ "byte", or where the tokenizer's file or folder lies, from the index's folder."""
     dtype: str
     vocab_size: int
     eos_id: int
@@ -58,7 +81,11 @@ class ShardIndex:
     """Targets of all samples: every token of every document, and one end-of-document token for each."""
     documents: int
     text_bytes: int
-    """UTF-8 bytes of the documents."""
+    """UTF-8 bytes of the documents. Documents that were read as token ids have none."""
+    skipped: int
+    """Documents left out because they could not be read."""
+    inputs: InputFiles | None
+    """None: the documents came from a pipe or a program."""
     shards: tuple[Shard, ...]
     fingerprint: str
     """SHA-256 over all that decides the tokens: shards with one fingerprint hold the same samples."""
@@ -88,7 +115,8 @@ def load_index(directory: Path) -> ShardIndex:
         if version == FORMAT_VERSION:
             shards = tuple(Shard(**shard) for shard in content.pop("shards"))
             settings = ShardSettings(**content.pop("settings"))
-            return ShardIndex(**content, shards=shards, settings=settings)
+            inputs = content.pop("inputs")
+            return ShardIndex(**content, shards=shards, settings=settings, inputs=inputs and InputFiles(**inputs))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); run tools/make_shards.py again with --overwrite") from error
     raise ValueError(

@@ -1,0 +1,1 @@
+"""Token shards: their tars and index, making them, verifying them."""
