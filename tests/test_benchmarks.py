@@ -169,3 +169,21 @@ def test_every_case_steps_twice(prepare):
     step = prepare(128)
     step()
     step()
+
+
+def test_bench_data_prints_and_writes_every_table_and_adds_up_what_a_run_waited(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    times = [{"time_metrics/data_loading(s)": wait, "time_metrics/end_to_end(s)": 1.0} for wait in (9.0, 0.25, 0.75)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **record}) + "\n" for step, record in enumerate(times)))
+    assert tool("bench_data")(["--quick", "--runs", run, "--json", tmp_path / "data.json"]) == 0
+    report = json.loads((tmp_path / "data.json").read_text())
+    tables = {"Reading": 3, "Start and resume": 1, "Tokenizing": 2, "data.reset_at_document": 4, "Waiting for data": 1}
+    assert_well_formed(report, tables)
+    assert report["targets"][0]["measured"] == 50
+    assert "np.memmap loop" in capsys.readouterr().out
+
+
+def test_bench_data_names_a_run_that_is_none(tmp_path, capsys):
+    assert tool("bench_data")(["--quick", "--text_bytes", 0, "--runs", tmp_path]) == 2
+    assert f"{tmp_path}/metrics.jsonl does not exist" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from titans_scale.data import IGNORED, ByteTokenizer, TokenStream, open_split, validation_batches, write_shards
-from titans_scale.data.stream import SampleOrder
+from titans_scale.data.reading.faults import ReadPolicy
+from titans_scale.data.reading.mixture import MixedOrder, Mixture, Source
 
 SEQUENCE_LENGTH = 8
 TEXTS = [f"document {number} " * (number % 7) + "end" for number in range(62)]
@@ -30,6 +32,25 @@ def dataset(tokens_folder):
     dataset = open_split(tokens_folder, "train")
     assert len(dataset.index.shards) > 5
     return dataset
+
+
+@pytest.fixture(scope="module")
+def sixty_samples(tmp_path_factory):
+    return letters(tmp_path_factory.mktemp("sixty"), samples=60)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    sizes = {"books": 30, "web": 100}
+    sources = {name: letters(tmp_path_factory.mktemp(name), samples=samples) for name, samples in sizes.items()}
+    return Mixture([Source(name=name, weight=samples, dataset=sources[name]) for name, samples in sizes.items()])
+
+
+def letters(folder, *, samples):
+    """A split of random letters."""
+    text = "".join(random.Random(samples).choices("abcdefgh", k=samples * SEQUENCE_LENGTH - 1))
+    write_shards([text], folder / "train", tokenizer=ByteTokenizer(), sequence_length=SEQUENCE_LENGTH, samples_per_shard=16)
+    return open_split(folder, "train")
 
 
 @pytest.fixture
@@ -69,14 +90,6 @@ def test_every_token_of_every_document_is_a_target_exactly_once_an_epoch(dataset
         assert real_targets(rows[epoch * len(dataset) : (epoch + 1) * len(dataset)]) == everything
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_an_epoch_holds_every_sample_once_even_where_batches_run_over_its_end(dataset, shuffle):
-    order, samples = SampleOrder(len(dataset), shuffle=shuffle, seed=3), len(dataset)
-    sequence = [number for step in range(0, 3 * samples, 12) for number in order.take(step, 12)]
-    for epoch in range(3):
-        assert sorted(sequence[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
-
-
 @pytest.mark.parametrize(("ranks", "micro_batch_size"), SHAPES)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_ranks_workers_and_micro_batches_do_not_change_the_global_batches(dataset, ranks, micro_batch_size, num_workers):
@@ -84,41 +97,136 @@ def test_ranks_workers_and_micro_batches_do_not_change_the_global_batches(datase
     assert rows_of(streams(dataset, ranks=ranks, micro_batch_size=micro_batch_size, num_workers=num_workers), 5) == reference
 
 
-def test_the_rows_come_in_the_written_down_order(dataset):
-    numbers = SampleOrder(len(dataset), shuffle=True, seed=0).take(0, 60)
-    assert [inputs for inputs, _ in rows_of(streams(dataset), 5)] == [dataset[number][0][:-1].tolist() for number in numbers]
+def test_the_rows_come_in_the_order_s_order(dataset):
+    numbers = MixedOrder(Mixture([Source(dataset=dataset)]), shuffle=True, shuffle_window=70, seed=0).take(0, 60)
+    assert [inputs for inputs, _ in rows_of(streams(dataset, shuffle_window=70), 5)] == [
+        dataset[number][0][:-1].tolist() for _, number in numbers
+    ]
 
 
-def test_the_shuffled_order_is_the_same_in_every_version():
-    """A run that goes on after an update must get the samples it has not seen, so these numbers may never change."""
-    assert SampleOrder(8, shuffle=True, seed=0).take(0, 16) == [5, 0, 7, 4, 2, 1, 3, 6, 2, 5, 7, 1, 3, 4, 6, 0]
+def elastic(data, *, before, after, steps, more, **options):
+    """Rows of some steps on N ranks x W workers, then of more, resumed from rank 0's state on M x V."""
+    (ranks, workers), (other_ranks, other_workers) = before, after
+    first = streams(data, ranks=ranks, micro_batch_size=12 // ranks // 2 or 1, num_workers=workers, **options)
+    rows = rows_of(first, steps)
+    assert all(stream.state_dict() == first[0].state_dict() for stream in first)
+    then = streams(data, ranks=other_ranks, micro_batch_size=12 // other_ranks, num_workers=other_workers, **options)
+    for stream in then:
+        stream.load_state_dict(first[0].state_dict())
+    rows += rows_of(then, more)
+    assert then[0].metrics() == {name: pytest.approx(value) for name, value in then[-1].metrics().items()}
+    return rows, then[0].metrics()
 
 
-def test_orders_differ_by_epoch_and_seed_and_are_the_same_twice():
-    first, again, other_seed = (SampleOrder(100, shuffle=True, seed=seed) for seed in (1, 1, 2))
-    assert first.take(0, 300) == again.take(0, 300)
-    assert len({tuple(first.take(epoch * 100, 100)) for epoch in range(5)} | {tuple(other_seed.take(0, 100))}) == 6
-    assert SampleOrder(5, shuffle=False, seed=1).take(3, 8) == [3, 4, 0, 1, 2, 3, 4, 0]
+ELASTIC = [((4, 2), (2, 0)), ((2, 1), (3, 2)), ((1, 0), (4, 0)), ((3, 0), (1, 2))]
+"""Ranks and workers of each, before and after."""
 
 
-def test_a_shuffled_order_leaves_no_trace_of_the_written_one():
-    order = torch.tensor(SampleOrder(10_000, shuffle=True, seed=0).take(0, 10_000)).double()
-    # neighbours are a third of the range apart, as independent uniform numbers are, and place tells nothing of number; 5 standard errors
-    assert (order.diff().abs().mean() / 10_000 - 1 / 3).abs() < 0.012
-    assert torch.corrcoef(torch.stack([order, torch.arange(10_000).double()]))[0, 1].abs() < 0.05
+@pytest.mark.parametrize("options", [{}, {"skip": [(3, 4), (6, 6)], "shuffle_window": 70}])
+@pytest.mark.parametrize(("before", "after"), ELASTIC)
+def test_resuming_on_other_ranks_and_workers_goes_on_with_the_same_global_batches(dataset, before, after, options):
+    whole = streams(dataset, **options)
+    rows = rows_of(whole, 9)
+    assert elastic(dataset, before=before, after=after, steps=4, more=5, **options) == (rows, whole[0].metrics())
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_resuming_on_other_ranks_goes_on_with_the_same_global_batches(dataset, ranks, num_workers):
-    reference = rows_of(streams(dataset), 9)
-    before = streams(dataset, ranks=2, micro_batch_size=3)
-    assert rows_of(before, 4) == reference[: 4 * 12]
-    assert before[0].state_dict() == before[1].state_dict()
-    after = streams(dataset, ranks=ranks, micro_batch_size=12 // ranks, num_workers=num_workers)
-    for stream in after:
-        stream.load_state_dict(before[0].state_dict())
-    assert rows_of(after, 5) == reference[4 * 12 :]
+@pytest.mark.parametrize(("before", "after"), ELASTIC)
+@pytest.mark.parametrize("steps", [4, 5])
+def test_so_it_does_at_the_end_of_an_epoch(sixty_samples, before, after, steps):
+    """An epoch is five global batches: the resume is one batch before its end, and at the end exactly."""
+    rows, metrics = elastic(sixty_samples, before=before, after=after, steps=steps, more=3, shuffle_window=20)
+    assert rows == rows_of(streams(sixty_samples, shuffle_window=20), steps + 3)
+    assert metrics["data/epoch"] == (steps + 3) / 5
+
+
+@pytest.mark.parametrize(("before", "after"), ELASTIC)
+@pytest.mark.parametrize("skip", [(), [(2, 3), (5, 50)]])
+def test_so_it_does_with_a_mixture(mixture, before, after, skip):
+    whole = streams(mixture, shuffle_window=20, skip=skip)
+    rows = rows_of(whole, 8)
+    assert elastic(mixture, before=before, after=after, steps=3, more=5, shuffle_window=20, skip=skip) == (rows, whole[0].metrics())
+
+
+def batches_of(rows, numbers):
+    """Global batches, counted from 1."""
+    return [row for number in numbers for row in rows[12 * (number - 1) : 12 * number]]
+
+
+@pytest.mark.parametrize(
+    ("skip", "trained_on"),
+    [
+        ([(1, 1)], [2, 3, 4]),
+        ([(2, 4)], [1, 5, 6]),
+        ([(3, 3), (1, 1)], [2, 4, 5]),
+        ([(4, 4), (2, 3)], [1, 5, 6]),
+        ([(2, 6), (3, 4)], [1, 7, 8]),
+        ([(100, 200)], [1, 2, 3]),
+    ],
+)
+def test_steps_on_the_skip_list_are_passed_over(dataset, skip, trained_on):
+    whole = rows_of(streams(dataset), 9)
+    stream = streams(dataset, skip=skip)[0]
+    assert rows_of([stream], 3) == batches_of(whole, trained_on)
+    assert stream.samples_consumed == 12 * trained_on[-1]
+    assert stream.metrics()["data/skipped_steps"] == trained_on[-1] - 3
+
+
+def test_a_skip_list_written_after_the_spike_leaves_the_steps_before_it_as_they_were(dataset):
+    """Spike at steps 6 and 7 of a run; it goes on from step 3's checkpoint: 4 and 5 as before, step 6 takes the batch of step 8."""
+    whole = rows_of(streams(dataset), 9)
+    first = streams(dataset)[0]
+    rows_of([first], 3)
+    second = streams(dataset, skip=[(6, 7)])[0]
+    second.load_state_dict(first.state_dict())
+    assert rows_of([second], 3) == batches_of(whole, [4, 5, 8])
+    third = streams(dataset)[0]  # the list is taken away again: what was passed over stays so, and stays counted
+    third.load_state_dict(second.state_dict())
+    assert rows_of([third], 1) == batches_of(whole, [9])
+    assert third.metrics()["data/skipped_steps"] == 2
+
+
+def test_what_a_worker_met_reaches_the_batch(dataset, monkeypatch):
+    read = dataset.__getitems__
+
+    def faulty(numbers):
+        rows = read(numbers)
+        counts = rows.counts.clone()
+        counts[1] = 0
+        return type(rows)(tokens=rows.tokens, counts=counts, retries=3, skipped=1)
+
+    monkeypatch.setattr(dataset, "__getitems__", faulty, raising=False)
+    for num_workers in (0, 1):
+        (batch,) = islice(streams(dataset, num_workers=num_workers)[0], 1)
+        assert (batch.retries, batch.skipped) == (3, 1)
+        assert (batch.to("cpu").retries, batch.to("cpu").skipped) == (3, 1)
+        assert batch.targets[1].tolist() == [IGNORED] * SEQUENCE_LENGTH
+        assert (batch.targets[[0, 2]] != IGNORED).all()
+
+
+def test_a_remote_gives_the_same_batches_as_the_folder(tokens_folder, dataset, tmp_path):
+    remote = open_split(f"pipe:cat {tokens_folder}/{{}}", "train", policy=ReadPolicy(cache_dir=str(tmp_path)))
+    (there,), (here,) = streams(remote, num_workers=1), streams(dataset)
+    there.load_state_dict(here.state_dict())
+    assert rows_of([there], 5) == rows_of([here], 5)
+
+
+def test_shards_of_a_remote_are_asked_for_a_window_ahead(dataset, monkeypatch):
+    asked = []
+    monkeypatch.setattr("titans_scale.data.reading.stream.LOOK_AHEAD", 24)
+    monkeypatch.setattr(dataset, "prefetch", lambda numbers: asked.append(list(numbers)))
+    (stream,) = streams(dataset, shuffle_window=70)
+    rows_of([stream], 5)
+    assert asked == []  # it lies on this machine
+    stream.dataset.remote = [0]
+    rows_of([stream], 5)
+    sequence = [number for _, number in MixedOrder(stream.dataset, shuffle=True, shuffle_window=70, seed=0).take(0, 300)]
+    assert asked == [sequence[start : start + 24] + sequence[start + 70 : start + 94] for start in (60, 84, 108)]
+
+
+def test_fewer_samples_than_ranks_is_an_error(three_samples):
+    assert len(streams(three_samples, ranks=3, micro_batch_size=4)) == 3
+    with pytest.raises(ValueError, match=r"train has too few samples \(3\) to give each of 4 ranks one; use fewer ranks"):
+        streams(three_samples, ranks=4, micro_batch_size=3)
 
 
 def test_resuming_with_another_global_batch_neither_repeats_nor_skips_a_sample(dataset):
@@ -144,7 +252,11 @@ def test_the_state_counts_whole_global_batches_that_were_handed_out_not_those_re
 
 @pytest.mark.parametrize(
     ("options", "change"),
-    [({"seed": 1}, "seed 0 -> 1"), ({"shuffle": False}, "shuffle True -> False")],
+    [
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"shuffle": False}, "shuffle True -> False"),
+        ({"shuffle_window": 100}, "shuffle_window 65536 -> 100"),
+    ],
 )
 def test_a_state_of_another_order_is_refused(dataset, options, change):
     state = streams(dataset)[0].state_dict()
@@ -249,6 +361,18 @@ def test_workers_end_when_the_trainer_terminates_them(dataset):
     assert worker.exitcode == 0
 
 
+def test_a_worker_that_is_killed_is_told_of_when_its_batch_is_asked_for(dataset):
+    """Not before: an error that breaks into a step of the model leaves the other ranks waiting."""
+    list(torch.utils.data.DataLoader([1], num_workers=1))  # leaves a handler of its own behind
+    iterator = iter(streams(dataset, num_workers=1)[0])
+    next(iterator)
+    (worker,) = torch.multiprocessing.active_children()
+    worker.kill()
+    worker.join(timeout=20)
+    with pytest.raises(ChildProcessError, match=rf"is gone \(DataLoader worker \(pid\(s\) {worker.pid}\).*lower data.num_workers"):
+        list(islice(iterator, 20))
+
+
 def test_a_trainer_that_fails_while_its_workers_read_ahead_still_ends(tokens_folder):
     """The traceback keeps the iterator alive until the interpreter waits for its children."""
     code = """
@@ -271,7 +395,7 @@ def test_a_dataset_goes_to_another_process_without_its_open_files(dataset):
 
 
 def test_many_shards_need_few_open_files(dataset, monkeypatch):
-    monkeypatch.setattr("titans_scale.data.dataset.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("titans_scale.data.reading.shard_files.MAX_OPEN_FILES", 2)
     before = len(os.listdir("/dev/fd"))
     samples = [dataset[number][0] for number in range(0, len(dataset), 10)]
     assert len(os.listdir("/dev/fd")) - before <= 2

@@ -12,6 +12,7 @@ import torch
 from distributed import run_ranks
 from training_runs import make_data, records, small_config
 
+from titans_scale.config import ConfigError
 from titans_scale.parallel.context import RunError
 from titans_scale.training.checkpoint_folder import CheckpointFolder
 from titans_scale.training.metrics import JsonLines
@@ -78,6 +79,15 @@ def scenario(data, folder):
     if rank == 1:
         os.truncate(own / "train" / "000000.tar", 1)
     said["data lost"] = sentence_of(trainer)
+    again = shutil.copytree(data, folder / "validation" / f"data of rank {rank}")
+    trainer = Trainer(small_config(again, folder / "validation lost", {**RUN, "eval.interval": 1, "data.retries": 0}))
+    if rank == 1:
+        os.truncate(again / "validation" / "000000.tar", 1)
+    said["validation lost"] = sentence_of(trainer)
+    other = make_data(folder / f"other data of rank {rank}", documents=30 + rank)
+    with pytest.raises(ConfigError) as raised:
+        Trainer(small_config(other, folder / "other data", RUN))
+    said["other data"] = str(raised.value)
     said["weights not finite"] = sentence_of(LostNumbers(small_config(data, folder / "weights", RUN)))
     said["loss not finite"] = sentence_of(LostNumbers(small_config(data, folder / "loss", {**RUN, "checkpoint.interval": 0})))
     LostNumbers(small_config(data, folder / "going on", {**RUN, "stability.stop_on_nonfinite": "false"})).run()
@@ -118,8 +128,11 @@ def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(said):
 def test_data_that_cannot_be_read_on_one_rank_is_told_on_all(said):
     for of_rank in said:
         assert re.fullmatch(
-            r"rank 1: shard .*/data of rank 1/train/000000.tar ends inside sample \d+; it changed while in use", of_rank["data lost"]
+            r"rank 1: sample \d+ cannot be read: shard .*/data of rank 1/train/000000.tar ends inside sample \d+; .* data.on_error skip",
+            of_rank["data lost"],
         )
+        assert re.match(r"rank 1: sample \d+ cannot be read: shard .*/data of rank 1/validation/000000.tar", of_rank["validation lost"])
+        assert re.match(r"rank 1 reads other data than rank 0 \(num_samples \d+ -> \d+, fingerprint", of_rank["other data"])
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_the_step_and_the_last_good_checkpoint(said, folder):

@@ -106,6 +106,7 @@ def test_speed_is_counted_over_training_time_alone(monkeypatch):
     metrics = speed.read()
     assert (metrics["throughput(tps)"], metrics["tflops"], metrics["mfu(%)"]) == (500, 0.5, 5)
     assert (metrics["time_metrics/end_to_end(s)"], metrics["time_metrics/data_loading(s)"]) == (2, 0.5)
+    assert metrics["time_metrics/data_loading(%)"] == 25
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ SMALL = {
 }
 
 
-def make_data(folder: Path, *, documents: int = 40) -> Path:
+def make_data(folder: Path, *, documents: int = 40, letters: str = "abcdefgh \n") -> Path:
     """Shards of random text, in sequences of SEQUENCE_LENGTH; the last sample of each split is a short one."""
     source = random.Random(0)
     for split, count in (("train", documents), ("validation", 5)):
-        texts = ["".join(source.choices("abcdefgh \n", k=source.randint(20, 200))) for _ in range(count)]
+        texts = ["".join(source.choices(letters, k=source.randint(20, 200))) for _ in range(count)]
         write_shards(texts, folder / split, tokenizer=load_tokenizer("byte"), sequence_length=SEQUENCE_LENGTH, samples_per_shard=64)
     return folder
 

@@ -3,15 +3,18 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from titans_scale.data.corpus import CorpusReport, read_corpus, write_corpus
-from titans_scale.data.shards import write_shards
-from titans_scale.data.sources import Document, standard_library, text_files
-from titans_scale.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from titans_scale.data.tokenizer_training import train_sentencepiece
+from titans_scale.data.shards.making import make_split, write_shards
+from titans_scale.data.text.corpus import CorpusReport, read_corpus, write_corpus
+from titans_scale.data.text.sources import Document, standard_library, text_files
+from titans_scale.data.tokenizers.loading import load_tokenizer
+from titans_scale.data.tokenizers.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from titans_scale.data.tokenizers.training import train_sentencepiece
 
 if TYPE_CHECKING:
-    from titans_scale.data.dataset import TokenDataset, open_split
-    from titans_scale.data.stream import IGNORED, Batch, TokenStream, validation_batches
+    from titans_scale.data.reading.dataset import TokenDataset, open_split
+    from titans_scale.data.reading.mixture import Mixture, Source
+    from titans_scale.data.reading.opening import open_sources
+    from titans_scale.data.reading.stream import IGNORED, Batch, TokenStream, validation_batches
 
 __all__ = [
     "IGNORED",
@@ -19,11 +22,15 @@ __all__ = [
     "ByteTokenizer",
     "CorpusReport",
     "Document",
+    "Mixture",
     "SentencePieceTokenizer",
+    "Source",
     "TokenDataset",
     "TokenStream",
     "Tokenizer",
     "load_tokenizer",
+    "make_split",
+    "open_sources",
     "open_split",
     "read_corpus",
     "standard_library",
@@ -34,12 +41,15 @@ __all__ = [
     "write_shards",
 ]
 _NEED_TORCH = {
-    "TokenDataset": "dataset",
-    "open_split": "dataset",
-    "IGNORED": "stream",
-    "Batch": "stream",
-    "TokenStream": "stream",
-    "validation_batches": "stream",
+    "TokenDataset": "reading.dataset",
+    "open_split": "reading.dataset",
+    "Mixture": "reading.mixture",
+    "Source": "reading.mixture",
+    "open_sources": "reading.opening",
+    "IGNORED": "reading.stream",
+    "Batch": "reading.stream",
+    "TokenStream": "reading.stream",
+    "validation_batches": "reading.stream",
 }
 
 

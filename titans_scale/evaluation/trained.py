@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from titans_scale.config import TitansConfig
-from titans_scale.data import Tokenizer, load_tokenizer, open_split
+from titans_scale.data import Tokenizer, load_tokenizer, open_sources
 from titans_scale.models import TitansLM
 from titans_scale.training.checkpoint import load_model_for_inference
 
@@ -48,6 +48,7 @@ def load_trained(checkpoint: str | Path, *, tokenizer: str | None = None, device
 
 def _tokenizer_of_shards(config: TitansConfig) -> Tokenizer:
     try:
-        return open_split(config.data.path, "train").load_tokenizer()
+        data = open_sources(config.data, "train", sequence_length=config.training.sequence_length)
+        return data.sources[0].dataset.load_tokenizer()
     except (ValueError, OSError) as error:
         raise ValueError(f"the run's tokenizer is not to be had ({error}); name it with --tokenizer FILE.model, or byte") from error

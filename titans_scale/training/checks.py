@@ -1,7 +1,11 @@
 """What can be known to be wrong before the first step, said in one sentence each."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from titans_scale.config import ConfigError, TitansConfig
-from titans_scale.data import TokenDataset
+from titans_scale.data import Mixture
+from titans_scale.data.reading.stream import identity_changes
 
 
 def check_global_batch(config: TitansConfig, data_ranks: int) -> None:
@@ -20,20 +24,52 @@ def check_global_batch(config: TitansConfig, data_ranks: int) -> None:
         )
 
 
-def check_shards(dataset: TokenDataset, config: TitansConfig) -> None:
-    """The shards must fit the model and the sequence length.
+def check_shards(data: Mixture, config: TitansConfig) -> None:
+    """The shards must fit the model and the sequence length. (Those of one mixture are alike in both.)
 
     Raises:
         ConfigError: naming the keys and both values.
     """
-    where, length = dataset.directory, config.training.sequence_length
-    if dataset.sequence_length != length:
+    where, length = data.where, config.training.sequence_length
+    if data.sequence_length != length:
         raise ConfigError(
-            f"the shards in {where} hold sequences of {dataset.sequence_length} tokens, training.sequence_length is {length};"
-            f" set it to {dataset.sequence_length}, or make the shards again"
+            f"the shards in {where} hold sequences of {data.sequence_length} tokens, training.sequence_length is {length};"
+            f" set it to {data.sequence_length}, or make the shards again"
         )
-    if dataset.vocab_size > config.model.vocab_size:
+    if data.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"the shards in {where} were made with a vocabulary of {dataset.vocab_size}, model.vocab_size is {config.model.vocab_size};"
-            f" set it to {dataset.vocab_size} or more"
+            f"the shards in {where} were made with a vocabulary of {data.vocab_size}, model.vocab_size is {config.model.vocab_size};"
+            f" set it to {data.vocab_size} or more"
         )
+
+
+def check_apart(train: Mixture, validation: Mixture) -> None:
+    """No shard may be both trained on and validated on.
+
+    Raises:
+        ConfigError: naming one that is.
+    """
+    trained = {shard.sha256: f"{source.dataset.where}/{shard.name}" for source in train.sources for shard in source.dataset.index.shards}
+    for source in validation.sources:
+        for shard in source.dataset.index.shards:
+            if shard.sha256 in trained:
+                raise ConfigError(
+                    f"{source.dataset.where}/{shard.name} is to be validated on and is the same as {trained[shard.sha256]}, which is"
+                    " trained on; make the shards again from texts that are apart, or set eval.interval to 0"
+                )
+
+
+def check_same_data(identities: Sequence[dict[str, Any]]) -> None:
+    """All ranks must read the same data.
+
+    Args:
+        identities: `TokenStream.identity` of every rank, by rank.
+    Raises:
+        ConfigError: on every rank, naming the first that differs from rank 0.
+    """
+    for rank, identity in enumerate(identities):
+        if changes := identity_changes(identities[0], identity):
+            raise ConfigError(
+                f"rank {rank} reads other data than rank 0 ({', '.join(changes)}); every machine must have the same shards under the"
+                " same path"
+            )

@@ -4,8 +4,17 @@ from pathlib import Path
 
 from titans_scale.config import ConfigError, TitansConfig, config_differences
 
-FIXED = ("model.", "data.seed", "data.shuffle", "training.seed", "training.sequence_length", "training.global_batch_tokens")
-"""Keys that make the run what it is: weights of other shapes, other data, another order."""
+FIXED = (
+    "model.",
+    "data.seed",
+    "data.shuffle",
+    "data.reset_at_document",
+    "training.seed",
+    "training.sequence_length",
+    "training.global_batch_tokens",
+)
+"""Beginnings of the keys that make the run what it is: weights of other shapes, another order. What data.path and data.sources hold is
+compared too, by TokenStream.load_state_dict: the same shards may lie elsewhere."""
 FREE_ALL_THE_SAME = ("model.attention_backend", "model.memory.backend", "model.memory.state_interval")
 """Keys of the model that change how it is computed, not what."""
 

@@ -99,6 +99,7 @@ class Speedometer:
             "tflops": flops / 1e12,
             "time_metrics/end_to_end(s)": seconds / self._steps,
             "time_metrics/data_loading(s)": self._loading / self._steps,
+            "time_metrics/data_loading(%)": 100 * self._loading / seconds,
             "memory/max_reserved(GiB)": _memory_gib(self._device),
         }
         if self._peak:

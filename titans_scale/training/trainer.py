@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from titans_scale.config import TitansConfig
-from titans_scale.data import Batch, TokenStream, open_split
+from titans_scale.data import Batch, Mixture, TokenStream, open_sources
 from titans_scale.memory import MemoryProbe
 from titans_scale.models import TitansLM
 from titans_scale.models.attention import choose_backend
+from titans_scale.models.documents import DocumentLayout, document_starts, longest_document
 from titans_scale.parallel import DistributedContext, Fsdp2Engine, build_mesh, mesh_sizes, parallelize
 from titans_scale.parallel.apply import Precision, reshard, resolve_precision
 from titans_scale.parallel.context import RunError, sentence_of
 from titans_scale.training.checkpoint import CheckpointManager, Counters
-from titans_scale.training.checks import check_global_batch, check_shards
+from titans_scale.training.checks import check_apart, check_global_batch, check_same_data, check_shards
 from titans_scale.training.loss import count_targets
 from titans_scale.training.metrics import Record
 from titans_scale.training.optimizer import build_optimizer, set_learning_rate
@@ -30,7 +31,7 @@ from titans_scale.training.run_folder import RunFolder
 from titans_scale.training.schedule import learning_rate_factor
 from titans_scale.training.signals import StopSignals
 from titans_scale.training.stability import FiniteWatch, not_finite, weights_are_finite
-from titans_scale.training.validation import validation_loss
+from titans_scale.training.validation import validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class Trainer:
         """Optimizer steps taken."""
         self.n_tokens_seen = 0
         """Target tokens trained on, over all ranks."""
+        self.retries = self.skipped_samples = 0
+        """Of reading, over all ranks, since this process started."""
         try:
             self._open()
             self._build()
@@ -83,23 +86,28 @@ class Trainer:
             self.attention = choose_backend(model.attention_backend, context.device, dtype, head_dim=model.dim // model.num_heads)
         check_global_batch(config, context.world_size)
         with context.together():
-            dataset = open_split(config.data.path, "train")
-            check_shards(dataset, config)
-            self.validation_data = open_split(config.data.path, "validation") if config.eval.interval else None
-            if self.validation_data is not None:
+            data = open_sources(config.data, "train", sequence_length=training.sequence_length)
+            check_shards(data, config)
+            self.validation_data: Mixture | None = None
+            if config.eval.interval:
+                self.validation_data = open_sources(config.data, "validation", sequence_length=training.sequence_length)
                 check_shards(self.validation_data, config)
+                check_apart(data, self.validation_data)
+            self.stream = TokenStream(
+                data,
+                micro_batch_size=training.micro_batch_size,
+                global_batch_size=training.global_batch_tokens // training.sequence_length,
+                rank=context.rank,
+                world_size=context.world_size,
+                shuffle=config.data.shuffle,
+                shuffle_window=config.data.shuffle_window,
+                seed=config.data.seed,
+                skip=config.data.skip_steps or (),
+                num_workers=config.data.num_workers,
+            )
             if context.is_main:
                 self.run_folder = RunFolder(Path(training.output_dir))
-        self.stream = TokenStream(
-            dataset,
-            micro_batch_size=training.micro_batch_size,
-            global_batch_size=training.global_batch_tokens // training.sequence_length,
-            rank=context.rank,
-            world_size=context.world_size,
-            shuffle=config.data.shuffle,
-            seed=config.data.seed,
-            num_workers=config.data.num_workers,
-        )
+        check_same_data(context.gather(self.stream.identity()))
         self.stream_state = self.stream.state_dict()
         """Where the stream stood after the last step: what is fetched ahead for the next one does not count."""
 
@@ -142,8 +150,7 @@ class Trainer:
         with closing(cast(Generator[Batch], iter(self.stream))) as batches:
             first_step = self.step + 1
             while self.step < self.config.training.steps:
-                with report.speed.loading():
-                    micro_batches, target_tokens, stop = self.next_global_batch(batches, report, signals)
+                micro_batches, target_tokens, stop = self.next_global_batch(batches, report, signals)
                 if stop:
                     self._stop(report, signals)
                     return
@@ -168,14 +175,21 @@ class Trainer:
         """
         failure, micro_batches = report.failure, []
         try:
-            micro_batches = list(islice(batches, self.stream.micro_batches_per_step))
+            with report.speed.loading():  # not the sum below, which waits for the slowest rank
+                micro_batches = list(islice(batches, self.stream.micro_batches_per_step))
         except (OSError, ValueError) as error:
             failure = RunError(sentence_of(error))  # not the error itself, whose traceback keeps the workers alive
-        target_tokens, stops, failures = self.context.sum_on_host(
-            count_targets(micro_batches), int(signals.received is not None), int(failure is not None)
+        target_tokens, stops, failures, retries, skipped = self.context.sum_on_host(
+            count_targets(micro_batches),
+            int(signals.received is not None),
+            int(failure is not None),
+            sum(batch.retries for batch in micro_batches),
+            sum(batch.skipped for batch in micro_batches),
         )
         if failures:
             self.context.raise_together(failure)
+        self.retries += retries
+        self.skipped_samples += skipped
         return micro_batches, target_tokens, stops > 0
 
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
@@ -185,9 +199,13 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, lr)
         step_loss = torch.zeros((), device=self.context.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            batch = micro_batch.to(self.context.device, non_blocking=True)
+            batch, documents = micro_batch.to(self.context.device, non_blocking=True), None
+            if config.data.reset_at_document:
+                documents = DocumentLayout.of_inputs(micro_batch.inputs, self.stream.dataset.eos_id, config.model, self.context.device)
             # Divided by the targets of all ranks: a rank or micro-batch with fewer of them weighs less, as it should.
-            loss_sum = self.model.loss_sum(batch.inputs, batch.targets, logits_bytes=config.training.logits_bytes)
+            loss_sum = self.model.loss_sum(
+                batch.inputs, batch.targets, logits_bytes=config.training.logits_bytes, document_starts=documents
+            )
             loss = loss_sum / max(1, target_tokens)
             self.engine.backward(loss, last=number == len(micro_batches))
             step_loss += loss.detach()
@@ -204,13 +222,14 @@ class Trainer:
         """Validation loss and a look into the memories, where they are due."""
         config, record = self.config, Record()
         if self.validation_data is not None and self._due(config.eval.interval):
-            record["validation_metrics/loss"] = validation_loss(
+            record |= validate(
                 self.model,
                 self.validation_data,
                 self.context,
                 micro_batch_size=config.training.micro_batch_size,
                 max_batches=config.eval.batches,
                 logits_bytes=config.training.logits_bytes,
+                reset_at_document=config.data.reset_at_document,
             )
         if config.metrics.memory_interval and self.step % config.metrics.memory_interval == 0:
             record |= self.look_into_memories(batch)
@@ -218,10 +237,15 @@ class Trainer:
 
     @torch.no_grad()
     def look_into_memories(self, batch: Batch) -> Record:
-        """What the memories do with a batch, averaged over ranks. All ranks run the model together."""
+        """What the memories do with a batch, averaged over ranks; with its longest document, where they begin anew at each. All ranks run
+        the model together.
+        """
+        inputs = batch.inputs
+        if self.config.data.reset_at_document:
+            inputs = longest_document(inputs, document_starts(inputs, self.stream.dataset.eos_id))
         # Hooks would not run inside compiled blocks.
         with torch.compiler.set_stance("force_eager"), MemoryProbe(self.model) as probe:
-            self.model(batch.inputs.to(self.context.device))
+            self.model(inputs.to(self.context.device))
         reshard(self.model)
         metrics = probe.metrics()
         means = self.context.sum(torch.tensor(list(metrics.values()), device=self.context.device)) / self.context.world_size
@@ -234,6 +258,9 @@ class Trainer:
             "grad_norm": result.grad_norm.item(),
             "lr": result.lr,
             "n_tokens_seen": self.n_tokens_seen,
+            **self.stream.metrics(),
+            "data/retries": self.retries,
+            "data/skipped_samples": self.skipped_samples,
         }
         report.write(self.step, {**record, **extra})
         self.check_finite()

@@ -2,39 +2,63 @@
 
 import torch
 
-from titans_scale.data import TokenDataset, validation_batches
+from titans_scale.data import Mixture, validation_batches
 from titans_scale.models import TitansLM
+from titans_scale.models.documents import DocumentLayout
 from titans_scale.parallel import DistributedContext
 from titans_scale.parallel.apply import reshard
 from titans_scale.training.loss import count_targets
+from titans_scale.training.metrics import Record
 
 
 @torch.no_grad()
-def validation_loss(
+def validate(
     model: TitansLM,
-    dataset: TokenDataset,
+    data: Mixture,
     context: DistributedContext,
     *,
     micro_batch_size: int,
     max_batches: int,
     logits_bytes: int | None,
-) -> float:
-    """Mean cross-entropy in nats over all target tokens of all ranks, each token weighing the same. All ranks call this together.
+    reset_at_document: bool = False,
+) -> Record:
+    """Mean cross-entropy in nats over the target tokens of all ranks, each token of a source weighing the same.
+
+    Where there are several sources each has its own number, and the loss is their mean by the mixture's weights. All ranks call this
+    together.
 
     Args:
-        max_batches: micro-batches of a rank; 0: the whole split.   logits_bytes: see `TitansLM.loss_sum`.
+        max_batches: micro-batches of a rank and source; 0: the whole split.   logits_bytes: see `TitansLM.loss_sum`.
+        reset_at_document: see data.reset_at_document.
+    Raises:
+        RunError: a rank could not read its part; on every rank.
     """
-    batches = validation_batches(
-        dataset, micro_batch_size=micro_batch_size, rank=context.rank, world_size=context.world_size, max_batches=max_batches
-    )
     model.eval()
     # float64: the sum over a large split outgrows the digits of float32
-    loss_and_targets = torch.zeros(2, dtype=torch.float64, device=context.device)
-    for batch in batches:
-        on_device = batch.to(context.device, non_blocking=True)
-        loss_and_targets[0] += model.loss_sum(on_device.inputs, on_device.targets, logits_bytes=logits_bytes)
-        loss_and_targets[1] += count_targets([batch])
+    sums = torch.zeros(len(data.sources), 3, dtype=torch.float64, device=context.device)
+    for place, source in enumerate(data.sources):
+        batches = validation_batches(
+            source.dataset, micro_batch_size=micro_batch_size, rank=context.rank, world_size=context.world_size, max_batches=max_batches
+        )
+        while True:
+            with context.together():  # a rank that cannot read would leave the others waiting in the model's collectives
+                batch = next(batches, None)
+            if batch is None:
+                break
+            on_device, documents = batch.to(context.device, non_blocking=True), None
+            if reset_at_document:
+                documents = DocumentLayout.of_inputs(batch.inputs, source.dataset.eos_id, model.config, context.device)
+            sums[place, 0] += model.loss_sum(on_device.inputs, on_device.targets, logits_bytes=logits_bytes, document_starts=documents)
+            sums[place, 1] += count_targets([batch])
+            sums[place, 2] += batch.skipped
     model.train()
     reshard(model)
-    loss, targets = context.sum(loss_and_targets).tolist()
-    return loss / targets
+    losses, targets, skipped = context.sum(sums).cpu().unbind(1)
+    means = losses / targets
+    weights = torch.tensor([source.weight for source in data.sources], dtype=torch.float64)
+    record = {"validation_metrics/loss": ((means * weights).sum() / weights.sum()).item()}
+    if len(data.sources) > 1:
+        record |= {f"validation_metrics/{source.name}/loss": mean for source, mean in zip(data.sources, means.tolist(), strict=True)}
+    if skipped.sum():
+        record["validation_metrics/skipped_samples"] = skipped.sum().item()
+    return record
