@@ -392,7 +392,7 @@ class EvalConfig:
     interval: int = 100
     """Steps between two validations; the last step always has one. 0: none."""
     batches: int = 8
-    """Micro-batches a rank takes from the validation split each time. 0: the whole split."""
+    """Micro-batches a rank takes from the validation split of each source each time. 0: the whole split."""
 
     def __post_init__(self) -> None:
         _require(self.interval >= 0, f"eval.interval is {self.interval}; it must be 0 (never) or more")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_scale.config import MemoryConfig, ModelConfig, OptimizerConfig
-from titans_scale.data.sources import standard_library
+from titans_scale.data.text.sources import standard_library
 from titans_scale.memory import MemoryProbe, NeuralMemory
 from titans_scale.models.model import TitansLM
 from titans_scale.training.optimizer import build_optimizer, set_learning_rate
