@@ -19,7 +19,7 @@ TEXTS = [f"document {number}, of no great length" for number in range(40)]
 
 def write_tar(file: Path, members: list[tuple[str, bytes]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w:gz" if file.suffix == ".gz" else "w") as tar:
+    with tarfile.open(file, "w:gz" if file.suffix in (".gz", ".tgz") else "w") as tar:
         for name, data in members:
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
@@ -57,7 +57,7 @@ def documents_of(config: DataConfig, split: str) -> list[str]:
 def tars(tmp_path):
     """Three tars, of one kind of member each, and a validation split."""
     for number, kind in enumerate(("txt", "json", "npy")):
-        ending = "tar.gz" if kind == "json" else "tar"
+        ending = {"txt": "tar", "json": "tar.gz", "npy": "tgz"}[kind]
         write_tar(tmp_path / f"others/train/{number}.{ending}", as_members(kind, TEXTS[number::3]))
     write_tar(tmp_path / "others/validation/0.tar", as_members("txt", ["held out"]))
     return tmp_path / "others"

@@ -262,6 +262,7 @@ def test_waits_grow_up_to_a_minute(monkeypatch):
     assert len(waits) == 12
     assert all(0.25 * 2**turn <= wait <= 0.5 * 2**turn for turn, wait in enumerate(waits[:6]))
     assert all(30 <= wait <= 60 for wait in waits[-4:])
+    assert sum(waits) < ReadPolicy(retries=12, retry_seconds=0.5, timeout_seconds=1).longest_seconds - 13 < 2 * sum(waits)
     assert len({later / before for before, later in pairwise(waits)}) > 5  # ranks that failed together do not come back together
 
 

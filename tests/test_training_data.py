@@ -11,8 +11,9 @@ from distributed import run_ranks
 from training_runs import GLOBAL_SEQUENCES, SEQUENCE_LENGTH, curve, make_data, records, small_config
 
 from titans_scale.config import ConfigError
-from titans_scale.data import ByteTokenizer, write_shards
+from titans_scale.data import ByteTokenizer, open_sources, write_shards
 from titans_scale.parallel.context import RunError
+from titans_scale.training.checks import check_patience
 from titans_scale.training.trainer import Trainer
 
 RUN = {"training.steps": 6, "checkpoint.interval": 4, "checkpoint.keep_last": 0, "eval.interval": 6, "eval.batches": 0}
@@ -193,3 +194,14 @@ def test_nothing_of_the_validation_split_is_ever_in_the_training_order(tmp_path)
     assert trainer.stream.metrics()["data/books/epoch"] > 2
     assert {token for batch in batches for token in batch.inputs.unique().tolist()} == {ord("t"), ByteTokenizer().eos_id}
     assert (trainer.validation_data.__getitems__([(0, 1), (1, 1)]).tokens == ord("v")).all()
+
+
+def test_ranks_must_not_wait_shorter_for_a_remote_than_it_is_tried(folder, tmp_path):
+    impatient = {"data.path": f"pipe:cat {folder}/web/{{}}", "data.cache_dir": tmp_path, "comm.train_timeout_seconds": 80}
+    config = small_config(folder, tmp_path / "run", impatient)
+    data = open_sources(config.data, "train", sequence_length=SEQUENCE_LENGTH)
+    check_patience(data, config, 1)
+    with pytest.raises(ConfigError, match=r"given up after 82\.5 s .* wait comm\.train_timeout_seconds 80 s; lower the former"):
+        check_patience(data, config, 2)
+    config.comm.train_timeout_seconds = 90
+    check_patience(data, config, 2)

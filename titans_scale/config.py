@@ -180,11 +180,11 @@ class DataConfig:
     """What of a shard is checked against the index: its size at the start, or also its SHA-256 when it is first opened."""
     on_error: Literal["raise", "skip"] = "raise"
     """When a sample cannot be read after all retries. raise: stop and name it. skip: go on without its targets, and count it."""
-    retries: int = 5
+    retries: int = 4
     """Further attempts to read or fetch what failed, with growing waits between them."""
     retry_seconds: float = 0.5
     """First of those waits; each is about twice the one before, a minute at most."""
-    timeout_seconds: float = 60.0
+    timeout_seconds: float = 15.0
     """How long a remote may stay silent before an attempt counts as failed."""
 
     def __post_init__(self) -> None:

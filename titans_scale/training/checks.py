@@ -5,6 +5,7 @@ from typing import Any
 
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.data import Mixture
+from titans_scale.data.reading.faults import ReadPolicy
 from titans_scale.data.reading.stream import identity_changes
 
 
@@ -57,6 +58,20 @@ def check_apart(train: Mixture, validation: Mixture) -> None:
                     f"{source.dataset.where}/{shard.name} is to be validated on and is the same as {trained[shard.sha256]}, which is"
                     " trained on; make the shards again from texts that are apart, or set eval.interval to 0"
                 )
+
+
+def check_patience(data: Mixture, config: TitansConfig, ranks: int) -> None:
+    """The other ranks must wait longer for one that cannot read than that one tries.
+
+    Raises:
+        ConfigError: naming the keys and both times.
+    """
+    tries, patience = ReadPolicy.of(config.data).longest_seconds, config.comm.train_timeout_seconds
+    if data.remote and ranks > 1 and tries >= patience:
+        raise ConfigError(
+            f"a remote that falls silent is given up after {tries:g} s (data.retries, data.retry_seconds, data.timeout_seconds), and the"
+            f" other ranks wait comm.train_timeout_seconds {patience} s; lower the former, or raise the latter"
+        )
 
 
 def check_same_data(identities: Sequence[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from titans_scale.parallel import DistributedContext, Fsdp2Engine, build_mesh, m
 from titans_scale.parallel.apply import Precision, reshard, resolve_precision
 from titans_scale.parallel.context import RunError, sentence_of
 from titans_scale.training.checkpoint import CheckpointManager, Counters
-from titans_scale.training.checks import check_apart, check_global_batch, check_same_data, check_shards
+from titans_scale.training.checks import check_apart, check_global_batch, check_patience, check_same_data, check_shards
 from titans_scale.training.loss import count_targets
 from titans_scale.training.metrics import Record
 from titans_scale.training.optimizer import build_optimizer, set_learning_rate
@@ -88,6 +88,7 @@ class Trainer:
         with context.together():
             data = open_sources(config.data, "train", sequence_length=training.sequence_length)
             check_shards(data, config)
+            check_patience(data, config, context.world_size)
             self.validation_data: Mixture | None = None
             if config.eval.interval:
                 self.validation_data = open_sources(config.data, "validation", sequence_length=training.sequence_length)

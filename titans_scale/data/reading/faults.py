@@ -30,9 +30,9 @@ class ReadPolicy:
 
     verify: Literal["size", "hash"] = "size"
     on_error: Literal["raise", "skip"] = "raise"
-    retries: int = 5
+    retries: int = 4
     retry_seconds: float = 0.5
-    timeout_seconds: float = 60.0
+    timeout_seconds: float = 15.0
     cache_dir: str | None = None
     cache_gib: float | None = None
 
@@ -40,6 +40,12 @@ class ReadPolicy:
     def of(cls, config: DataConfig) -> "ReadPolicy":
         """The policy of a run."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    @property
+    def longest_seconds(self) -> float:
+        """How long it may take until a remote that says nothing is given up."""
+        waits = sum(min(self.retry_seconds * 2**retry, LONGEST_WAIT_SECONDS) for retry in range(self.retries))
+        return (self.retries + 1) * self.timeout_seconds + waits
 
     def retrying(self, on_retry: Callable[[], None]) -> Retrying:
         """Attempts with growing waits, to call or to iterate over; the last one's error is raised.

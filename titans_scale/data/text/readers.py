@@ -25,6 +25,8 @@ class NoSuchColumn(ValueError):
 def without_compression(path: str) -> tuple[str, str]:
     """A name without the ending of its compression, and that ending: (data.jsonl, .gz); the ending is empty for a plain file."""
     name, ending = os.path.splitext(path)
+    if ending.lower() == ".tgz":
+        return f"{name}.tar", ".gz"
     return (name, ending.lower()) if ending.lower() in COMPRESSIONS else (path, "")
 
 
