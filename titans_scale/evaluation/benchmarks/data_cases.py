@@ -130,7 +130,7 @@ def write_text(file: Path, text_bytes: int) -> list[str]:
 def _bare_rate(model: Path, pieces: list[str], *, workers: int) -> float:
     shares = [pieces[worker::workers] for worker in range(workers)]
     context = get_context("spawn")
-    ready, go = context.Barrier(workers + 1), context.Barrier(workers + 1)
+    ready, go = (context.Barrier(workers + 1, timeout=300) for _ in range(2))  # a process that ends early is no reason to wait for ever
     results: SimpleQueue[int] = context.SimpleQueue()
     processes = [context.Process(target=_encode_bare, args=(model, share, ready, go, results), daemon=True) for share in shares]
     for process in processes:
@@ -151,4 +151,4 @@ def _encode_bare(model: Path, pieces: list[str], ready: Barrier, go: Barrier, re
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     ready.wait()
     go.wait()
-    results.put(sum(len(processor.encode(piece)) for piece in pieces))
+    results.put(sum(map(len, processor.encode(pieces, out_type="numpy", num_threads=1))))  # its fastest way

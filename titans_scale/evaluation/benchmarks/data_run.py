@@ -49,7 +49,7 @@ def benchmark_data(
         runs: folders of training runs, for the share of a step that they waited for data.
     """
     torch.set_num_threads(1)
-    report = Report(title="Data: reading one core from page cache, start-up, tokenizing.", machine=this_machine(threads=1))
+    report = Report(title="Data: reading on one core from the page cache, start-up, tokenizing.", machine=this_machine(threads=1))
     if runs:
         report.tables["Waiting for data"] = [_waiting(report, run) for run in runs]
     with tempfile.TemporaryDirectory() as folder:
