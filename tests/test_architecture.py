@@ -76,3 +76,18 @@ def test_models_and_memory_know_nothing_of_other_processes():
 def test_entry_points_are_short():
     for file in [ROOT / "titans_scale" / "train.py", *(ROOT / "tools").glob("*.py")]:
         assert len(file.read_text().splitlines()) < 100, file
+
+
+def test_the_folders_of_data_import_only_those_before_them():
+    """As the row of titans_scale/data/ names them."""
+    row = next(line for line in (ROOT / "docs" / "architecture.md").read_text().splitlines() if "`titans_scale/data/`" in line)
+    folders = re.findall(r"`(\w+)/`", row)
+    assert sorted(folders) == sorted(init.parent.name for init in (ROOT / "titans_scale" / "data").glob("*/__init__.py"))
+    later = [
+        f"{file.name} -> {module}"
+        for number, folder in enumerate(folders)
+        for file in (ROOT / "titans_scale" / "data" / folder).glob("*.py")
+        for module in imported(file)
+        if module.startswith(tuple(f"titans_scale.data.{other}." for other in folders[number + 1 :]))
+    ]
+    assert later == []
