@@ -42,6 +42,11 @@ def temporary_name(path: str | Path) -> Path:
     return Path(path).with_name(f".{Path(path).name}.unfinished")
 
 
+def hash_key(content: bytes) -> int:
+    """A number from 0 to 2**64 - 1 that the content decides alone and evenly: to select by, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8])
+
+
 def sha256_of_file(path: str | Path) -> str:
     """Of the content, in hexadecimal."""
     with Path(path).open("rb") as file:

@@ -16,13 +16,13 @@ from titans_scale.data import Batch, Mixture, TokenStream, open_sources
 from titans_scale.memory import MemoryProbe
 from titans_scale.models import TitansLM
 from titans_scale.models.attention import choose_backend
-from titans_scale.models.documents import DocumentLayout, document_starts, longest_document
+from titans_scale.models.documents import document_starts, longest_document
 from titans_scale.parallel import DistributedContext, Fsdp2Engine, build_mesh, mesh_sizes, parallelize
 from titans_scale.parallel.apply import Precision, reshard, resolve_precision
 from titans_scale.parallel.context import RunError, sentence_of
 from titans_scale.training.checkpoint import CheckpointManager, Counters
 from titans_scale.training.checks import check_apart, check_global_batch, check_patience, check_same_data, check_shards
-from titans_scale.training.loss import count_targets
+from titans_scale.training.loss import count_targets, loss_sum
 from titans_scale.training.metrics import Record
 from titans_scale.training.optimizer import build_optimizer, set_learning_rate
 from titans_scale.training.reporting import Reporter
@@ -198,16 +198,12 @@ class Trainer:
         config = self.config
         lr = config.optimizer.lr * learning_rate_factor(config.lr_scheduler, step=self.step + 1, steps=config.training.steps)
         set_learning_rate(self.engine.optimizer, lr)
+        reset_at = self.stream.dataset.eos_id if config.data.reset_at_document else None
         step_loss = torch.zeros((), device=self.context.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            batch, documents = micro_batch.to(self.context.device, non_blocking=True), None
-            if config.data.reset_at_document:
-                documents = DocumentLayout.of_inputs(micro_batch.inputs, self.stream.dataset.eos_id, config.model, self.context.device)
+            whole = loss_sum(self.model, micro_batch, self.context.device, logits_bytes=config.training.logits_bytes, reset_at=reset_at)
             # Divided by the targets of all ranks: a rank or micro-batch with fewer of them weighs less, as it should.
-            loss_sum = self.model.loss_sum(
-                batch.inputs, batch.targets, logits_bytes=config.training.logits_bytes, document_starts=documents
-            )
-            loss = loss_sum / max(1, target_tokens)
+            loss = whole / max(1, target_tokens)
             self.engine.backward(loss, last=number == len(micro_batches))
             step_loss += loss.detach()
         grad_norm = self.engine.clip_grad_norm(config.training.max_grad_norm)

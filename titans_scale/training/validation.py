@@ -4,10 +4,9 @@ import torch
 
 from titans_scale.data import Mixture, validation_batches
 from titans_scale.models import TitansLM
-from titans_scale.models.documents import DocumentLayout
 from titans_scale.parallel import DistributedContext
 from titans_scale.parallel.apply import reshard
-from titans_scale.training.loss import count_targets
+from titans_scale.training.loss import count_targets, loss_sum
 from titans_scale.training.metrics import Record
 
 
@@ -40,15 +39,13 @@ def validate(
         batches = validation_batches(
             source.dataset, micro_batch_size=micro_batch_size, rank=context.rank, world_size=context.world_size, max_batches=max_batches
         )
+        reset_at = source.dataset.eos_id if reset_at_document else None
         while True:
             with context.together():  # a rank that cannot read would leave the others waiting in the model's collectives
                 batch = next(batches, None)
             if batch is None:
                 break
-            on_device, documents = batch.to(context.device, non_blocking=True), None
-            if reset_at_document:
-                documents = DocumentLayout.of_inputs(batch.inputs, source.dataset.eos_id, model.config, context.device)
-            sums[place, 0] += model.loss_sum(on_device.inputs, on_device.targets, logits_bytes=logits_bytes, document_starts=documents)
+            sums[place, 0] += loss_sum(model, batch, context.device, logits_bytes=logits_bytes, reset_at=reset_at)
             sums[place, 1] += count_targets([batch])
             sums[place, 2] += batch.skipped
     model.train()

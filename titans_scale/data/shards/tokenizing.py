@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from titans_scale.data.files import hash_key
 from titans_scale.data.shards.index import ShardSettings
 from titans_scale.data.text.corpus import VALIDATION
 from titans_scale.data.text.inputs import Record, document_of
@@ -129,8 +130,7 @@ class Tokenizing:
         fraction = self.settings.validation_fraction
         if fraction == 0:
             return True
-        key = int.from_bytes(hashlib.sha256(content).digest()[:8])
-        return (key < fraction * 2**64) == (self.split == VALIDATION)
+        return (hash_key(content) < fraction * 2**64) == (self.split == VALIDATION)
 
 
 def token_arrays(documents: Iterable[str | np.ndarray], tokenizer: Tokenizer, *, dtype: np.dtype) -> Iterator[np.ndarray]:

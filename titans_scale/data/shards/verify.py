@@ -12,9 +12,8 @@ from titans_scale.data.shards.info import split_folders
 from titans_scale.data.shards.split_folder import load_tokenizer_of
 from titans_scale.data.shards.tars import SHARD_NAME, Layout, fault_of_size, shard_name
 from titans_scale.data.shards.verify_shard import ShardTask, look_at, member_name, some_members, tokens_at
+from titans_scale.data.text.corpus import TRAIN
 from titans_scale.data.tokenizers.tokenizer import Tokenizer
-
-TRAIN = "train"
 
 
 class Verifier:

@@ -1,7 +1,6 @@
 """A corpus: train.jsonl and validation.jsonl, one {"text": ..., "source": ...} a line, split so that no text is on both sides."""
 
 import filecmp
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -9,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from titans_scale.data.files import temporary_name, unfinished_file
+from titans_scale.data.files import hash_key, temporary_name, unfinished_file
 from titans_scale.data.text.inputs import find_inputs, read_texts
 from titans_scale.data.text.sources import Document
 
 VALIDATION = "validation"
 """The split that is held out."""
-SPLITS: tuple[str, str] = ("train", VALIDATION)
+TRAIN = "train"
+SPLITS: tuple[str, str] = (TRAIN, VALIDATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def _write_by_hash(documents: Iterator[Document], directory: Path, threshold: in
     def sides() -> Iterator[tuple[str, Document]]:
         nonlocal lowest, highest
         for document in documents:
-            key = int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8])
+            key = hash_key(document.text.encode())
             lowest, highest = min(lowest, key), max(highest, key)
             yield "validation" if key < threshold else "train", document
 

@@ -1,13 +1,12 @@
 """Training of a SentencePiece model whose round trip loses nothing."""
 
-import hashlib
 import heapq
 import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from titans_scale.data.files import atomic_write
+from titans_scale.data.files import atomic_write, hash_key
 from titans_scale.data.tokenizers.tokenizer import SentencePieceTokenizer, cut
 
 RESERVED = "\u2585"
@@ -78,7 +77,7 @@ def _selection(texts: Iterable[str], *, max_bytes: int) -> list[str]:
     total = 0
     for number, piece in enumerate(piece for text in texts for piece in cut(text) if piece):
         data = piece.encode()
-        rank = -int.from_bytes(hashlib.sha256(data).digest()[:8])
+        rank = -hash_key(data)
         if total >= max_bytes and rank < kept[0][0]:
             continue
         heapq.heappush(kept, (rank, number, piece, len(data)))
