@@ -14,7 +14,7 @@ from training_runs import small_config
 from titans_scale import TitansLM, load_config
 from titans_scale.models.blocks import BLOCKS
 from titans_scale.models.plans import keeps_result
-from titans_scale.parallel import build_mesh, mesh_sizes
+from titans_scale.parallel import Mesh, mesh_sizes
 from titans_scale.parallel.activations import block_activation_bytes
 from titans_scale.parallel.apply import checkpoint_blocks, parallelize, shard
 from titans_scale.parallel.estimate import estimate
@@ -101,7 +101,7 @@ def sharded_and_compiled(mode):
         model = checkpointed(TitansLM(config.model), mode)
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    shard(model, build_mesh(mesh_sizes(config.parallelism, 2), "cpu"), precision="float32", reshard_after_forward=True)
+    shard(model, Mesh(mesh_sizes(config.parallelism, 2), "cpu"), precision="float32", reshard_after_forward=True)
     materialize(model, torch.device("cpu"), seed=0)
     tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
     loss = model.loss_sum(tokens, tokens, logits_bytes=10_000)
@@ -133,7 +133,7 @@ def recomputations(mode):
     config = small_config("data", "run", {"model.variant": "lmm", "model.num_layers": 1, "activation_checkpoint.mode": mode})
     with torch.device("meta"):
         model = TitansLM(config.model)
-    parallelize(model, config, build_mesh(mesh_sizes(config.parallelism, 1), "cpu"), torch.device("cpu"))
+    parallelize(model, config, Mesh(mesh_sizes(config.parallelism, 1), "cpu"), torch.device("cpu"))
     tokens = torch.randint(0, 256, (1, 32))
     with Calls() as calls:
         model.loss_sum(tokens, tokens).backward()

@@ -14,7 +14,7 @@ from training_runs import small_config
 from titans_scale import TitansLM
 from titans_scale.config import ConfigError, TrainingConfig
 from titans_scale.models.loss import IGNORED, _loss_and_gradients, cross_entropy_sum, linear_cross_entropy_sum, tokens_of_a_chunk
-from titans_scale.parallel import build_mesh, mesh_sizes
+from titans_scale.parallel import Mesh, mesh_sizes
 from titans_scale.parallel.apply import shard
 from titans_scale.parallel.materialize import materialize
 
@@ -140,7 +140,7 @@ def sharded_gradients(precision):
         for room in (None, 10_000):
             with torch.device("meta"):
                 model = TitansLM(config.model)
-            shard(model, build_mesh(mesh_sizes(config.parallelism, 2), "cpu"), precision=precision, reshard_after_forward=True)
+            shard(model, Mesh(mesh_sizes(config.parallelism, 2), "cpu"), precision=precision, reshard_after_forward=True)
             materialize(model, torch.device("cpu"), seed=0)
             for _ in range(2):  # twice: hooks must leave the modules as they found them
                 model.zero_grad()

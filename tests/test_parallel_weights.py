@@ -9,7 +9,8 @@ from training_runs import SEQUENCE_LENGTH, make_data, small_config
 from titans_scale import TitansLM
 from titans_scale.data import IGNORED, Batch
 from titans_scale.models.loss import next_token_loss
-from titans_scale.training.optimizer import build_optimizer, set_learning_rate
+from titans_scale.parallel.fsdp2 import set_learning_rate
+from titans_scale.training.optimizer import build_optimizer
 from titans_scale.training.trainer import Trainer
 
 RANKS = 3

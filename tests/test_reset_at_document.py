@@ -12,7 +12,7 @@ from titans_scale import TitansLM
 from titans_scale.data import load_tokenizer, write_shards
 from titans_scale.models.documents import DocumentLayout, document_starts, longest_document
 from titans_scale.models.plans import keeps_result
-from titans_scale.parallel import build_mesh, mesh_sizes
+from titans_scale.parallel import Mesh, mesh_sizes
 from titans_scale.parallel.apply import checkpoint_blocks, shard
 from titans_scale.parallel.materialize import materialize
 from titans_scale.training.trainer import Trainer
@@ -137,7 +137,7 @@ def sharded(variant, precision):
     with torch.device("meta"):
         model = TitansLM(config.model)
     checkpoint_blocks(model, keeps_result)
-    shard(model, build_mesh(mesh_sizes(config.parallelism, 2), "cpu"), precision=precision, reshard_after_forward=True)
+    shard(model, Mesh(mesh_sizes(config.parallelism, 2), "cpu"), precision=precision, reshard_after_forward=True)
     materialize(model, torch.device("cpu"), seed=0)
     rank = torch.distributed.get_rank()
     tokens = tokens_of_rank(rank)

@@ -236,10 +236,14 @@ class TrainingConfig:
     """Where to train. auto: a GPU for each rank where there are GPUs, else the CPU."""
     deterministic: bool = False
     """Ask torch for deterministic kernels on a GPU too (slower there; a CPU run repeats itself anyway)."""
+    gc_interval: int = 50
+    """Steps between two collections of Python's garbage, on all ranks at once: one that stops for it makes all the others wait. 0: left to
+    Python."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "global_batch_tokens", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.gc_interval >= 0, f"training.gc_interval is {self.gc_interval}; it must be 0 (left to Python) or more")
         room = self.max_logits_mib
         _require(room is None or room >= 1, f"training.max_logits_mib is {room}; it must be at least 1, or null to hold all logits at once")
         unit = self.sequence_length * self.micro_batch_size
@@ -297,22 +301,40 @@ class LRSchedulerConfig:
 
 @dataclass(kw_only=True)
 class ParallelismConfig:
-    """Layout of the ranks."""
+    """Layout of the ranks: replicate * shard * context * tensor of them, neighbours in tensor first."""
 
     data_parallel_replicate: int = 1
     """Replicas of the sharded model (HSDP); 1: plain FSDP2."""
     data_parallel_shard: int = -1
-    """Ranks over which parameters, gradients and optimizer state are sharded. -1: all that are left."""
+    """Ranks over which parameters, gradients and optimizer state are sharded. -1, here or in one of the others: all that are left."""
+    context_parallel: int = 1
+    """Ranks that share a sequence, each with a block of consecutive tokens; the memory goes from rank to rank. For long sequences."""
+    tensor_parallel: int = 1
+    """Ranks that share every layer: attention and memory by heads, the MLP by columns, the vocabulary by words."""
+    memory_split: Literal["heads", "hidden"] = "heads"
+    """What tensor parallelism splits of the memory. heads: no communication inside the scan. hidden: the hidden width of every head, for
+    few wide ones, with a sum over ranks for each chunk; needs model.memory.depth 2."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward pass (ZeRO-3). false keeps them (ZeRO-2): faster where they fit."""
+    prefetch: int = 1
+    """Blocks whose parameters are gathered ahead of the one at work."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory, and step there: slow, for models that do not fit otherwise."""
+
+    def __post_init__(self) -> None:
+        _require(self.prefetch >= 0, f"parallelism.prefetch is {self.prefetch}; it must be 0 (none) or more")
 
 
 @dataclass(kw_only=True)
 class EngineConfig:
     """What shards and steps the model."""
 
-    name: Literal["fsdp2"] = "fsdp2"
-    """fsdp2: torch's fully_shard, on CPU over gloo too."""
+    name: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """fsdp2: torch's fully_shard, on CPU over gloo too. deepspeed: DeepSpeed's ZeRO, over all ranks alike; needs the extra [deepspeed]."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """What deepspeed shards: the optimizer's state (1), gradients too (2), parameters too (3)."""
+    config: str | None = None
+    """Path of a JSON file of further DeepSpeed settings, see configs/deepspeed; one that contradicts ours is an error."""
 
 
 @dataclass(kw_only=True)
@@ -383,6 +405,13 @@ class CommConfig:
     """Time a rank waits for the others until the first step is done."""
     train_timeout_seconds: int = 100
     """Time a rank waits for the others in a collective after that."""
+    trace_collectives: int = 2000
+    """Collectives that each rank remembers, to be told from the others' when one hangs (torch's flight recorder). 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("init_timeout_seconds", "train_timeout_seconds"):
+            _require(getattr(self, name) >= 1, f"comm.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.trace_collectives >= 0, f"comm.trace_collectives is {self.trace_collectives}; it must be 0 (none) or more")
 
 
 @dataclass(kw_only=True)

@@ -6,32 +6,39 @@ computation, and the sharding, which has to see the final modules, last.
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
 from torch._ops import OpOverload
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models import TitansLM
 from titans_scale.models.plans import fsdp_groups, keeps_result
 from titans_scale.parallel.materialize import materialize
+from titans_scale.parallel.mesh import Mesh
 from titans_scale.parallel.recompute import recomputed
 
 Precision = Literal["float32", "bfloat16"]
 
 
-def parallelize(model: TitansLM, config: TitansConfig, mesh: DeviceMesh, device: torch.device) -> TitansLM:
+def parallelize(model: TitansLM, config: TitansConfig, mesh: Mesh, device: torch.device) -> TitansLM:
     """Shard a model in place and fill in its initial values; the same weights on any number of ranks.
 
     Always `fully_shard`, on one rank too: then precision, gradient accumulation and checkpoints have one code path.
 
     Args:
-        model: built under `torch.device("meta")`.   mesh: from `build_mesh`.   device: of this rank.
+        model: built under `torch.device("meta")`.   mesh: of this rank.   device: of this rank.
     Returns:
-        The same model, its parameters DTensors on `device`.
+        The same model, its parameters DTensors on `device`, or on the CPU with parallelism.cpu_offload.
     Raises:
         ConfigError: bfloat16 on a GPU that has none.
     """
@@ -40,13 +47,16 @@ def parallelize(model: TitansLM, config: TitansConfig, mesh: DeviceMesh, device:
         checkpoint_blocks(model, keeps_result if config.activation_checkpoint.mode == "selective" else None)
     if config.compile.enabled:
         compile_blocks(model)
+    parallelism = config.parallelism
     shard(
         model,
         mesh,
         precision=resolve_precision(config.training.dtype, device),
-        reshard_after_forward=config.parallelism.reshard_after_forward,
+        reshard_after_forward=parallelism.reshard_after_forward,
+        cpu_offload=parallelism.cpu_offload,
+        prefetch=parallelism.prefetch,
     )
-    materialize(model, device, seed=config.training.seed)
+    materialize(model, torch.device("cpu") if parallelism.cpu_offload else device, seed=config.training.seed)
     return model
 
 
@@ -70,25 +80,47 @@ def compile_blocks(model: TitansLM) -> None:
         block.compile()
 
 
-def shard(model: TitansLM, mesh: DeviceMesh, *, precision: Precision, reshard_after_forward: bool) -> None:
+def shard(
+    model: TitansLM,
+    mesh: Mesh,
+    *,
+    precision: Precision,
+    reshard_after_forward: bool,
+    cpu_offload: bool = False,
+    prefetch: int = 1,
+) -> None:
     """`fully_shard` each group of the model's plan, then what is left, as the root.
 
     Gradients are summed over ranks, not averaged: the loss is divided by the global number of target tokens already.
     """
+    offload = CPUOffloadPolicy(pin_memory=mesh.fsdp.device_type == "cuda") if cpu_offload else OffloadPolicy()
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     groups = fsdp_groups(model)
     for group in groups:
         # The backward pass starts with the last group, so freeing it in between would only gather it twice; likewise the root.
-        fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward and group is not groups[-1])
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        again = reshard_after_forward and group is not groups[-1]
+        fully_shard(group, mesh=mesh.fsdp, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
+    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     register_fsdp_forward_method(model, "loss_sum")  # or the root's parameters would not be gathered for it
     # A block's second output, its streaming state, holds views; nothing here writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    prefetch_blocks(model, prefetch)
+
+
+def prefetch_blocks(model: TitansLM, ahead: int) -> None:
+    """Gather the parameters of the next blocks, in either direction, while one is at work.
+
+    By itself FSDP2 gathers the next in the backward pass alone, and in the forward pass relies on the host being ahead of the GPU.
+    """
+    blocks = cast(list[FSDPModule], list(model.blocks))
+    for place, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[place + 1 : place + 1 + ahead])
+        block.set_modules_to_backward_prefetch(blocks[max(0, place - ahead) : place][::-1])
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

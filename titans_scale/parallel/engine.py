@@ -1,50 +1,59 @@
-"""What steps a sharded model: backward with as little communication as possible, clipping, the optimizer."""
+"""What stands between the trainer and whatever shards and steps the model."""
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+
+from titans_scale.config import TitansConfig
+from titans_scale.models import TitansLM
+from titans_scale.parallel.apply import parallelize
+from titans_scale.parallel.fsdp2 import Fsdp2Engine
+from titans_scale.parallel.mesh import Mesh
+
+OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-class Fsdp2Engine:
-    """A model under `fully_shard` and its optimizer.
+class Engine(Protocol):
+    """A model on all ranks and the optimizer that steps it. All ranks call every method together."""
 
-    Args:
-        model: from `parallelize`.   optimizer: over its parameters.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model = model
-        self.optimizer = optimizer
+    model: TitansLM
+    """For forward passes: its `loss_sum` and its call."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch.
 
-        Gradients are reduced over ranks on the last micro-batch only. Until then each rank keeps them whole: as much memory as the
-        full model in the reduction's precision (4 bytes a parameter), paid only when there is more than one micro-batch.
-
         Args:
             loss: this rank's part of the loss, divided by the global number of target tokens.   last: of this optimizer step.
         """
-        cast(FSDPModule, self.model).set_requires_gradient_sync(last)
-        loss.backward()
 
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        """Scale all gradients so that their global norm is at most max_norm (None: leave them) and return the norm before that.
+    def step(self, *, lr: float, max_norm: float | None) -> Tensor:
+        """Clip the gradients' global norm to max_norm (None: leave it), update the weights, drop the gradients.
 
-        On the device, without a host sync; the norm is over all ranks' shards, the same number on each.
+        Returns:
+            The norm before clipping, the same number on every rank, on the device: no host sync.
         """
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
 
-    def step(self) -> None:
-        """Update the weights and drop the gradients."""
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def release(self) -> None:
+        """After a forward pass without a backward pass: free what was gathered for it."""
+
+    def state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's moments, {"model": {name: tensor}, "optimizer": {name: {moment: tensor}}}, by qualified
+        name and of the whole model's shapes (DTensors, or the same tensor on every rank): what a checkpoint holds.
+        """
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave, filled in from a checkpoint."""
+
+
+def build_engine(config: TitansConfig, mesh: Mesh, device: torch.device, optimizer_of: OptimizerOf) -> Engine:
+    """The engine of engine.name, with the model's initial values.
+
+    Raises:
+        ConfigError: it cannot run here.
+    """
+    with torch.device("meta"):
+        model = TitansLM(config.model)
+    parallelize(model, config, mesh, device)
+    return Fsdp2Engine(model, optimizer_of(model))

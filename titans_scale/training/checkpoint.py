@@ -8,19 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from titans_scale.config import ConfigError, TitansConfig, load_config, save_config
 from titans_scale.models import TitansLM
-from titans_scale.parallel import DistributedContext
-from titans_scale.parallel.apply import reshard
+from titans_scale.parallel import DistributedContext, Engine
 from titans_scale.parallel.context import RunError, sentence_of
 from titans_scale.training.checkpoint_folder import CONFIG_FILE, MANIFEST_FILE, CheckpointFolder, damage_of, damaged_content, seal
 
@@ -69,7 +62,7 @@ class CheckpointManager:
         assert self.newest is not None
         return load_config(self.folder.checkpoint(self.newest) / CONFIG_FILE)
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, config: TitansConfig) -> None:
+    def save(self, step: int, engine: Engine, counters: Counters, config: TitansConfig) -> None:
         """Write a checkpoint: complete or not at all, and known to be either on every rank.
 
         Raises:
@@ -78,7 +71,7 @@ class CheckpointManager:
         if self.newest == step:
             return
         try:
-            self._write(step, {**_tensors(model, optimizer), **counters}, config)
+            self._write(step, {**engine.state(), **counters}, config)
         except RunError as error:
             if self._context.is_main:
                 with suppress(OSError):
@@ -89,10 +82,8 @@ class CheckpointManager:
             if self._context.is_main:
                 self.folder.keep_newest(self._keep_last)
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> Counters:
+    def load(self, engine: Engine, counters: Counters) -> Counters:
         """Fill model and optimizer from the newest checkpoint, on any number of ranks.
-
-        The optimizer's hyperparameters stay those of its construction.
 
         Args:
             counters: of the same form as was saved.
@@ -103,14 +94,12 @@ class CheckpointManager:
         """
         assert self.newest is not None
         checkpoint = self.folder.checkpoint(self.newest)
-        state = {**_tensors(model, optimizer), **counters}
+        state = {**engine.state(), **counters}
         try:
             dcp.load(state, checkpoint_id=checkpoint, process_group=self._context.files_group)
         except CheckpointException as error:
             raise RunError(f"{checkpoint} cannot be read: {_first_failure(error)}") from error
-        set_model_state_dict(model, state["model"])
-        groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-        set_optimizer_state_dict(model, optimizer, {"state": state["optimizer"], "param_groups": groups})
+        engine.load(state)
         return {name: state[name] for name in counters}
 
     def _write(self, step: int, state: Mapping[str, Any], config: TitansConfig) -> None:
@@ -185,12 +174,6 @@ def _find_checkpoint(path: Path) -> Path:
     if step is None:
         raise ConfigError(f"there is no whole checkpoint in {folder.path}; name a run's folder, or one of its checkpoint/step-N")
     return folder.checkpoint(step)
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """State by qualified name. Of the optimizer only the moments: its hyperparameters come from the configuration."""
-    reshard(model)
-    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)["state"]}
 
 
 def _first_failure(error: CheckpointException) -> str:

@@ -63,11 +63,11 @@ class Reporter:
 def plan(config: TitansConfig, context: DistributedContext, precision: Precision, sizes: MeshSizes, step: int) -> str:
     """One line: what was chosen, and what is left to do."""
     training = config.training
-    ranks = f"{context.world_size} rank{'s' if context.world_size > 1 else ''}"
-    accumulation = training.global_batch_tokens // (training.sequence_length * training.micro_batch_size * context.world_size)
+    ranks, data_ranks = (f"{count} rank{'s' if count > 1 else ''}" for count in (context.world_size, sizes.data))
+    accumulation = training.global_batch_tokens // (training.sequence_length * training.micro_batch_size * sizes.data)
     return (
         f"{training.output_dir}: {config.model.variant} with {num_parameters(config.model):,} parameters in {precision}"
         f" on {ranks} ({context.device.type}, {context.backend}, {sizes});"
-        f" {training.global_batch_tokens:,} tokens a step = {ranks} * {accumulation} micro-batches"
+        f" {training.global_batch_tokens:,} tokens a step = {data_ranks} * {accumulation} micro-batches"
         f" * {training.micro_batch_size} sequences * {training.sequence_length}; steps {step + 1} to {training.steps}"
     )

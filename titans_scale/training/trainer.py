@@ -4,6 +4,7 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -14,17 +15,16 @@ from torch import Tensor
 from titans_scale.config import TitansConfig
 from titans_scale.data import Batch, Mixture, TokenStream, open_sources
 from titans_scale.memory import MemoryProbe
-from titans_scale.models import TitansLM
 from titans_scale.models.attention import choose_backend
 from titans_scale.models.documents import document_starts, longest_document
-from titans_scale.parallel import DistributedContext, Fsdp2Engine, build_mesh, mesh_sizes, parallelize
-from titans_scale.parallel.apply import Precision, reshard, resolve_precision
+from titans_scale.parallel import DistributedContext, Mesh, build_engine, check_layout, mesh_sizes
+from titans_scale.parallel.apply import Precision, resolve_precision
 from titans_scale.parallel.context import RunError, sentence_of
 from titans_scale.training.checkpoint import CheckpointManager, Counters
 from titans_scale.training.checks import check_apart, check_global_batch, check_patience, check_same_data, check_shards
 from titans_scale.training.loss import count_targets, loss_sum
 from titans_scale.training.metrics import Record
-from titans_scale.training.optimizer import build_optimizer, set_learning_rate
+from titans_scale.training.optimizer import build_optimizer
 from titans_scale.training.reporting import Reporter
 from titans_scale.training.resume_rules import check_resumable
 from titans_scale.training.run_folder import RunFolder
@@ -39,12 +39,12 @@ class StepResult:
     """What a step leaves to be logged, still on the device."""
 
     loss: Tensor
-    """This rank's part of the global mean loss; the sum over ranks is the mean."""
+    """This rank's part of the global mean loss, the same on all ranks of a tensor-parallel group; the sum over the others is the mean."""
     grad_norm: Tensor
     """Global, before clipping."""
     lr: float
     input_tokens: int
-    """Tokens this rank put through the model."""
+    """Tokens this rank put through the model; those that it shares with others count for each in part."""
 
 
 class Trainer:
@@ -78,13 +78,15 @@ class Trainer:
         """Everything that touches files, checked before anything that takes time."""
         config, context = self.config, self.context
         training = config.training
-        self.sizes = mesh_sizes(config.parallelism, context.world_size)
+        sizes = mesh_sizes(config.parallelism, context.world_size)
+        check_layout(config, sizes)
         self.precision: Precision = resolve_precision(training.dtype, context.device)
         self.attention = None
         if config.model.variant != "lmm":
             model, dtype = config.model, getattr(torch, self.precision)
             self.attention = choose_backend(model.attention_backend, context.device, dtype, head_dim=model.dim // model.num_heads)
-        check_global_batch(config, context.world_size)
+        check_global_batch(config, sizes.data)
+        self.mesh = Mesh(sizes, context.device.type)
         with context.together():
             data = open_sources(config.data, "train", sequence_length=training.sequence_length)
             check_shards(data, config)
@@ -98,8 +100,8 @@ class Trainer:
                 data,
                 micro_batch_size=training.micro_batch_size,
                 global_batch_size=training.global_batch_tokens // training.sequence_length,
-                rank=context.rank,
-                world_size=context.world_size,
+                rank=self.mesh.data_rank,
+                world_size=sizes.data,
                 shuffle=config.data.shuffle,
                 shuffle_window=config.data.shuffle_window,
                 seed=config.data.seed,
@@ -117,10 +119,8 @@ class Trainer:
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        with torch.device("meta"):
-            model = TitansLM(config.model)
-        self.model = parallelize(model, config, build_mesh(self.sizes, context.device.type), context.device)
-        self.engine = Fsdp2Engine(self.model, build_optimizer(self.model, config.optimizer))
+        self.engine = build_engine(config, self.mesh, context.device, partial(build_optimizer, config=config.optimizer))
+        self.model = self.engine.model
         self.checkpoints = CheckpointManager(Path(config.training.output_dir), context, keep_last=config.checkpoint.keep_last)
         self.watch = FiniteWatch(context)
 
@@ -133,7 +133,7 @@ class Trainer:
         try:
             with StopSignals(speaks=self.context.is_main) as signals:
                 notes = self._resume()
-                report = Reporter(self.config, self.context, precision=self.precision, sizes=self.sizes, step=self.step)
+                report = Reporter(self.config, self.context, precision=self.precision, sizes=self.mesh.sizes, step=self.step)
                 self.report = report
                 if self.attention is not None:
                     report.say(f"attention on {self.attention.name}: {self.attention.reason}")
@@ -181,11 +181,11 @@ class Trainer:
         except (OSError, ValueError) as error:
             failure = RunError(sentence_of(error))  # not the error itself, whose traceback keeps the workers alive
         target_tokens, stops, failures, retries, skipped = self.context.sum_on_host(
-            count_targets(micro_batches),
+            count_targets(micro_batches) if self.mesh.is_first_reader else 0,
             int(signals.received is not None),
             int(failure is not None),
             sum(batch.retries for batch in micro_batches),
-            sum(batch.skipped for batch in micro_batches),
+            sum(batch.skipped for batch in micro_batches) if self.mesh.is_first_reader else 0,
         )
         if failures:
             self.context.raise_together(failure)
@@ -197,7 +197,6 @@ class Trainer:
         """One optimizer step. Nothing in here makes the host wait for the device."""
         config = self.config
         lr = config.optimizer.lr * learning_rate_factor(config.lr_scheduler, step=self.step + 1, steps=config.training.steps)
-        set_learning_rate(self.engine.optimizer, lr)
         reset_at = self.stream.dataset.eos_id if config.data.reset_at_document else None
         step_loss = torch.zeros((), device=self.context.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -206,13 +205,12 @@ class Trainer:
             loss = whole / max(1, target_tokens)
             self.engine.backward(loss, last=number == len(micro_batches))
             step_loss += loss.detach()
-        grad_norm = self.engine.clip_grad_norm(config.training.max_grad_norm)
-        self.engine.step()
+        grad_norm = self.engine.step(lr=lr, max_norm=config.training.max_grad_norm)
         self.step += 1
         self.n_tokens_seen += target_tokens
         self.stream_state = self.stream.state_dict()
         self.watch.see(self.step, step_loss, grad_norm)
-        input_tokens = sum(batch.inputs.numel() for batch in micro_batches)
+        input_tokens = sum(batch.inputs.numel() for batch in micro_batches) // self.mesh.sizes.same_data
         return StepResult(loss=step_loss, grad_norm=grad_norm, lr=lr, input_tokens=input_tokens)
 
     def evaluate(self, batch: Batch) -> Record:
@@ -220,9 +218,10 @@ class Trainer:
         config, record = self.config, Record()
         if self.validation_data is not None and self._due(config.eval.interval):
             record |= validate(
-                self.model,
+                self.engine,
                 self.validation_data,
                 self.context,
+                self.mesh,
                 micro_batch_size=config.training.micro_batch_size,
                 max_batches=config.eval.batches,
                 logits_bytes=config.training.logits_bytes,
@@ -243,7 +242,7 @@ class Trainer:
         # Hooks would not run inside compiled blocks.
         with torch.compiler.set_stance("force_eager"), MemoryProbe(self.model) as probe:
             self.model(inputs.to(self.context.device))
-        reshard(self.model)
+        self.engine.release()
         metrics = probe.metrics()
         means = self.context.sum(torch.tensor(list(metrics.values()), device=self.context.device)) / self.context.world_size
         return {f"titans/{name}": mean for name, mean in zip(metrics, means.tolist(), strict=True)}
@@ -251,7 +250,7 @@ class Trainer:
     def log(self, report: Reporter, result: StepResult, extra: Record) -> None:
         """Write the step's record, then stop if its numbers are not finite. The host waits for the device here."""
         record = {
-            "loss_metrics/global_avg_loss": self.context.sum(result.loss).item(),
+            "loss_metrics/global_avg_loss": self.context.sum(result.loss).item() / self.mesh.sizes.tensor,
             "grad_norm": result.grad_norm.item(),
             "lr": result.lr,
             "n_tokens_seen": self.n_tokens_seen,
@@ -276,7 +275,7 @@ class Trainer:
                     raise not_finite(f"weights after step {self.step} are", self.checkpoints.path())
                 report.say(f"step {self.step} is not saved: its weights are not finite")
                 return
-            self.checkpoints.save(self.step, self.model, self.engine.optimizer, self._counters(), self.config)
+            self.checkpoints.save(self.step, self.engine, self._counters(), self.config)
 
     def _stop(self, report: Reporter, signals: StopSignals) -> None:
         by = f"stopped by {signals.received or 'a signal to another rank'}"
@@ -299,7 +298,7 @@ class Trainer:
             raise RunError(f"{path} exists and checkpoint.resume is false; set it to true to go on, or set another training.output_dir")
         with self.context.together():
             changes = check_resumable(config, checkpoints.config(), checkpoints.folder.checkpoint(checkpoints.newest))
-        counters = checkpoints.load(self.model, self.engine.optimizer, self._counters())
+        counters = checkpoints.load(self.engine, self._counters())
         with self.context.together():
             self.stream.load_state_dict(counters["stream"])
         self.stream_state = self.stream.state_dict()

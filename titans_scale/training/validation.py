@@ -3,18 +3,17 @@
 import torch
 
 from titans_scale.data import Mixture, validation_batches
-from titans_scale.models import TitansLM
-from titans_scale.parallel import DistributedContext
-from titans_scale.parallel.apply import reshard
+from titans_scale.parallel import DistributedContext, Engine, Mesh
 from titans_scale.training.loss import count_targets, loss_sum
 from titans_scale.training.metrics import Record
 
 
 @torch.no_grad()
 def validate(
-    model: TitansLM,
+    engine: Engine,
     data: Mixture,
     context: DistributedContext,
+    mesh: Mesh,
     *,
     micro_batch_size: int,
     max_batches: int,
@@ -32,12 +31,12 @@ def validate(
     Raises:
         RunError: a rank could not read its part; on every rank.
     """
-    model.eval()
+    model = engine.model.eval()
     # float64: the sum over a large split outgrows the digits of float32
     sums = torch.zeros(len(data.sources), 3, dtype=torch.float64, device=context.device)
     for place, source in enumerate(data.sources):
         batches = validation_batches(
-            source.dataset, micro_batch_size=micro_batch_size, rank=context.rank, world_size=context.world_size, max_batches=max_batches
+            source.dataset, micro_batch_size=micro_batch_size, rank=mesh.data_rank, world_size=mesh.sizes.data, max_batches=max_batches
         )
         reset_at = source.dataset.eos_id if reset_at_document else None
         while True:
@@ -47,9 +46,9 @@ def validate(
                 break
             sums[place, 0] += loss_sum(model, batch, context.device, logits_bytes=logits_bytes, reset_at=reset_at)
             sums[place, 1] += count_targets([batch])
-            sums[place, 2] += batch.skipped
+            sums[place, 2] += batch.skipped if mesh.is_first_reader else 0
     model.train()
-    reshard(model)
+    engine.release()
     losses, targets, skipped = context.sum(sums).cpu().unbind(1)
     means = losses / targets
     weights = torch.tensor([source.weight for source in data.sources], dtype=torch.float64)

@@ -17,7 +17,8 @@ from titans_scale.config import MemoryConfig, ModelConfig, OptimizerConfig
 from titans_scale.data.text.sources import standard_library
 from titans_scale.memory import MemoryProbe, NeuralMemory
 from titans_scale.models.model import TitansLM
-from titans_scale.training.optimizer import build_optimizer, set_learning_rate
+from titans_scale.parallel.fsdp2 import set_learning_rate
+from titans_scale.training.optimizer import build_optimizer
 
 BYTES = 256
 VALIDATION_EVERY = 20
