@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -18,8 +19,12 @@ from titans_scale import TitansLM, load_config
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models.blocks import BLOCKS
 from titans_scale.models.plans import flops_per_token
+from titans_scale.parallel import MeshSizes, mesh_sizes
 from titans_scale.parallel.activations import block_activation_bytes
 from titans_scale.parallel.estimate import Estimate, estimate
+from titans_scale.parallel.layouts import COLUMNS, recommended
+from titans_scale.parallel.memory_plan import ALLOWANCE_BYTES
+from titans_scale.parallel.plan import plan, set_mesh
 
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "estimate.py"
@@ -139,16 +144,84 @@ def test_numbers_that_cannot_be_are_told(arguments, told):
         estimate(run_config(), **arguments)
 
 
+def test_context_ranks_read_the_same_data_and_share_its_activations():
+    alone, shared = estimated(), estimated("parallelism.context_parallel=2", world_size=2)
+    assert shared.accumulation_steps == alone.accumulation_steps
+    assert shared.gpu_bytes["optimizer state"] == alone.gpu_bytes["optimizer state"] // 2
+    assert 0.4 < shared.gpu_bytes["activations"] / alone.gpu_bytes["activations"] < 0.6
+
+
+def test_tensor_ranks_share_everything():
+    alone, shared = estimated(), estimated("parallelism.tensor_parallel=2", world_size=2)
+    for part in ("parameters", "optimizer state", "activations", "gathered parameters"):
+        assert shared.gpu_bytes[part] == pytest.approx(alone.gpu_bytes[part] / 2, rel=0.01)
+
+
+def test_an_offloaded_optimizer_takes_no_gpu_memory():
+    assert estimated("parallelism.cpu_offload=true").gpu_bytes["optimizer state"] == 0
+
+
+def test_each_zero_stage_takes_less_than_the_one_before():
+    stages = [estimated("engine.name=deepspeed", f"engine.zero_stage={stage}", "model.num_layers=8", world_size=4) for stage in (1, 2, 3)]
+    whole, buckets, resharded = ({**stage.gpu_bytes} for stage in stages)
+    assert whole["optimizer state"] == buckets["optimizer state"] == resharded["optimizer state"]
+    assert whole["gathered parameters"] == buckets["gathered parameters"] > resharded["gathered parameters"]
+    assert whole["gradients before reduction"] >= buckets["gradients before reduction"]
+
+
+def test_formulas_come_near_the_rehearsal():
+    """Within a quarter: the one counts a block's backward pass as a second block, the other what it really makes."""
+    result = plan(run_config("mag", "model.num_layers=6", "parallelism.reshard_after_forward=false"), world_size=4)
+    formulas = sum(result.estimate.gpu_bytes.values()) - ALLOWANCE_BYTES
+    assert sum(result.gpu_bytes.values()) - ALLOWANCE_BYTES == pytest.approx(formulas, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "told"),
+    [
+        ("replcate=64", "--mesh has 'replcate=64'; write replicate=N, shard=N, context=N, tensor=N, any of them"),
+        ("replicate=many", "--mesh has 'replicate=many'; replicate takes a whole number, or -1 for all ranks that are left"),
+    ],
+)
+def test_a_mistyped_mesh_is_told(mesh, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        set_mesh(run_config().parallelism, mesh)
+
+
+def test_a_mesh_sets_what_it_names():
+    config = load_config(None, ["parallelism.tensor_parallel=2"])
+    set_mesh(config.parallelism, "replicate=4, shard=-1")
+    assert mesh_sizes(config.parallelism, 64) == MeshSizes(replicate=4, shard=8, context=1, tensor=2)
+
+
+SMALL = ["--model.num_layers=1", "--model.memory.chunk_size=1024", "--training.micro_batch_size=1", "--world", "8"]
+
+
 def test_the_tool_prints_the_table_and_the_same_numbers_as_json(capsys):
     main = runpy.run_path(str(TOOL))["main"]
-    arguments = ["--config", str(PRESET), "--world", "8", "--model.memory.chunk_size=1024"]
+    arguments = ["--config", str(PRESET), *SMALL, "--mesh", "replicate=2,shard=4"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {field.name for field in dataclasses.fields(Estimate)} < set(printed)
-    for value in (f"{printed['parameters_total'] / 1e6:,.1f} M", f"{printed['gpu_bytes_total'] / 2**30:,.2f} GiB", "15.000 G", "28,610"):
+    assert {"collectives_per_step", "step_seconds", "parameters_here"} < set(printed)
+    by_kind = {(one["kind"], one["dimension"]) for one in printed["collectives_per_step"]}
+    assert {("all-gather", "shard"), ("reduce-scatter", "shard"), ("all-reduce", "replicate")} <= by_kind
+    for value in (
+        f"{printed['parameters_total'] / 1e6:,.1f} M",
+        f"{printed['gpu_bytes_total'] / 2**30:,.2f} GiB",
+        f"{printed['step_seconds']['step'] * 1e3:,.1f} ms",
+        "15.000 G",
+        "28,610",
+    ):
         assert value in shown
+
+
+def test_the_tool_can_leave_the_rehearsal_out(capsys):
+    main = runpy.run_path(str(TOOL))["main"]
+    assert main(["--config", str(PRESET), *SMALL, "--quick"]) == 0
+    assert "estimated: formulas" in capsys.readouterr().out
 
 
 def test_the_tool_tells_a_mistake_in_one_line():
@@ -156,3 +229,19 @@ def test_the_tool_tells_a_mistake_in_one_line():
     failed = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert failed.returncode == 2
     assert failed.stderr == "estimate: unknown key 'wrld' on the command line; did you mean 'world'?\n"
+
+
+@pytest.mark.parametrize(("same_batch", "widest"), [(False, (64, 8, 1, 1, 2**21)), (True, (64, 2, 4, 1, 2**19))])
+def test_layouts_put_a_copy_in_each_node_and_give_every_rank_something_to_read(same_batch, widest):
+    config = load_config(PRESET)  # 128 sequences a step, 4 at once
+    expected = {1: (1, 1, 1, 4, 2**19), 8: (1, 8, 1, 4, 2**19), 64: (8, 8, 1, 2, 2**19), 512: widest}
+    found = {world_size: recommended(config, world_size, gpus_per_node=8, same_batch=same_batch) for world_size in expected}
+    assert {world_size: dataclasses.astuple(layout) for world_size, layout in found.items()} == expected
+
+
+def test_the_layouts_are_a_table_of_one_line_each(capsys):
+    main = runpy.run_path(str(ROOT / "tools" / "layouts.py"))["main"]
+    assert main([str(PRESET), "--worlds", "8", "512"]) == 0
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert {line.count("|") for line in (head, rule, *rows)} == {len(COLUMNS) + 1}
+    assert [row.split(" | ")[3] for row in rows] == ["1 x 8 x 1", "64 x 8 x 1"]

@@ -99,7 +99,7 @@ def test_a_second_backward_pass_is_refused():
 
 def test_the_operator_is_what_torch_expects_of_one():
     x, weight, targets = inputs()
-    arguments = (x.detach().flatten(0, 1).requires_grad_(), weight, targets.flatten(), 5, True)
+    arguments = (x.detach().flatten(0, 1).requires_grad_(), weight, targets.flatten(), 5, True, 0, "")
     torch.library.opcheck(_loss_and_gradients, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 

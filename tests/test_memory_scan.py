@@ -207,7 +207,7 @@ def test_the_operators_keep_torch_s_contract(write_rule, resets):
     tensors = inputs(2, residual=True, length=2 * CHUNK)
     tokens, norm = tensors[:6], tensors[8:]
     states = [torch.randn(BATCH, HEADS, 2 * w.shape[1], w.shape[2], dtype=torch.float64, requires_grad=True) for w in tensors[6:8]]
-    torch.library.opcheck(scan_op, (*tokens, states, norm, CHUNK, "silu", write_rule, 0.7, 2, 4.0, CHUNK, 1, True, resets))
+    torch.library.opcheck(scan_op, (*tokens, states, norm, CHUNK, "silu", write_rule, 0.7, 2, 4.0, "", CHUNK, 1, True, resets))
 
 
 def test_an_operator_called_twice_gives_the_same_and_changes_nothing():

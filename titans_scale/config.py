@@ -317,7 +317,7 @@ class ParallelismConfig:
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward pass (ZeRO-3). false keeps them (ZeRO-2): faster where they fit."""
     prefetch: int = 1
-    """Blocks whose parameters are gathered ahead of the one at work."""
+    """Blocks whose parameters are gathered ahead of the one at work. 0: left to torch."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, and step there: slow, for models that do not fit otherwise."""
 

@@ -12,6 +12,8 @@ from titans_scale.config import ConfigError, config_parser, parse_config
 
 BAD_INPUT = 2
 """Exit code of everything that one sentence explains."""
+LOST_RANK = 75
+"""Exit code where another rank is gone or stuck: nothing is wrong with the command, and it may be run again (sysexits' EX_TEMPFAIL)."""
 INTERRUPTED = 130
 LET_RANK_0_SPEAK_SECONDS = 10
 """torchrun ends all ranks as soon as one has failed, so the others wait for rank 0 to have told why."""
@@ -21,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, train, and turn what a user can mend into one sentence on stderr.
 
     Returns:
-        0: trained to the last step, or stopped by a signal and saved.   2: it could not work, and why is on stderr.
+        0: trained to the last step, or stopped by a signal and saved.   2: it could not work, and why is on stderr.   75: it would
+        have, but another rank is gone or stuck; which is on stderr.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -30,13 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     import torch  # not before the options are known to be good: it takes seconds
 
-    from titans_scale.parallel.context import RunError, sentence_of
+    from titans_scale.parallel.context import LostRank, RunError, sentence_of
     from titans_scale.training.trainer import Trainer
 
     try:
         Trainer(config).run()
     except (ConfigError, RunError) as error:
         return _fail(str(error))
+    except LostRank as error:
+        if error.speaks:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return LOST_RANK
     except (ValueError, OSError) as error:
         return _fail(sentence_of(error), of_this_rank_alone=True)
     except torch.OutOfMemoryError as error:

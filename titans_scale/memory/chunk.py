@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titans_scale.memory.coefficients import ChunkCoefficients
 from titans_scale.memory.mlp import Activation, ResidualNorm, Surprise, activate, activate_with_slope, output_of, output_vjp
+from titans_scale.memory.ranks import sum_over
 
 
 def read(
@@ -20,6 +21,7 @@ def read(
     chunk: ChunkCoefficients,
     activation: Activation,
     norm: ResidualNorm | None,
+    group: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """y_t = M_t(q_t), and the output of every layer before its activation.
 
@@ -31,6 +33,7 @@ def read(
         if layer:
             x = activate(outputs[-1], activation)
         outputs.append(layer_at_each_token(x, state, feature, delta, chunk))
+    outputs[-1] = sum_over(outputs[-1], group)
     return output_of(q_MCD, outputs[-1], norm), outputs
 
 
@@ -44,6 +47,7 @@ def read_vjp(
     chunk: ChunkCoefficients,
     activation: Activation,
     norm: ResidualNorm | None,
+    group: str,
     grad_chunk: ChunkCoefficients,
     grad_norm: ResidualNorm | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -53,6 +57,7 @@ def read_vjp(
         outputs: of the layers, from `read`; the last is looked at only where there is a norm.
     """
     grad_z = grad_y if norm is None or grad_norm is None else output_vjp(grad_y, outputs[-1], norm, grad_norm)
+    grad_z = sum_over(grad_z, group)
     grad_states: list[Tensor] = []
     grad_features: list[Tensor] = []
     grad_deltas: list[Tensor] = []

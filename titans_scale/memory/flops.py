@@ -1,13 +1,16 @@
-"""Floating-point operations of the scan: matrix products only, a multiply-add counted as two.
+"""What the scan costs, by formula: its floating-point operations, and what goes between ranks that share a memory's hidden width.
 
-tests/test_flops.py holds the forward formula to torch's own counter. Like that counter it leaves out the online rule's triangular solves.
+FLOPs are of matrix products only, a multiply-add counted as two. tests/test_flops.py holds the forward formula to torch's own counter. Like
+that counter it leaves out the online rule's triangular solves. With a rank's own widths it gives the rank's share.
 
-Letters: C tokens of a chunk, I/O a layer's input and output width.
+Letters: C tokens of a chunk, I/O a layer's input and output width, D head dimension.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from titans_scale.memory.groups import READ_AT_ONCE, Rule
 from titans_scale.memory.write_rule import WriteRule
 
 
@@ -51,3 +54,54 @@ def chunk_flops(widths: Sequence[tuple[int, int]], chunk: int, write_rule: Write
         if write_rule == "normalized":
             undifferentiated = pairs * sum(into + out for into, out in widths) + pairs
     return ScanFlops(surprise + read + advance + coefficients, undifferentiated)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """All-reduces over the ranks that share the hidden width."""
+
+    collectives: int
+    elements: int
+    """Of one memory, in the scan's dtype. All memories of a rank go in one collective."""
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.collectives + other.collectives, self.elements + other.elements)
+
+    def times(self, number: int) -> "Sums":
+        return Sums(self.collectives * number, self.elements * number)
+
+
+def split_sums(rule: Rule, head_dim: int, tokens: int, interval: int) -> tuple[Sums, Sums]:
+    """Of a scan of `tokens` tokens, forward and backward; the backward pass runs the writes again.
+
+    Args:
+        interval: chunks between two states kept, see `memory_scan`.
+    """
+    chunks, rest = divmod(tokens, rule.chunk_size)
+    forward = backward = Sums(0, 0)
+    for length, number in ((rule.chunk_size, chunks), (rest, 1 if rest else 0)):
+        write = _write_sums(rule, head_dim, length).times(number)
+        reads = Sums(_reads(number, interval), length * head_dim * number)
+        forward += write + reads
+        backward += write + _write_vjp_sums(rule, head_dim, length).times(number) + reads
+    return forward, backward
+
+
+def _write_sums(rule: Rule, head_dim: int, chunk: int) -> Sums:
+    output, clipped = chunk * head_dim, rule.max_norm is not None
+    if rule.write_rule == "online":
+        a_pass = Sums(2, output + chunk**2 + 2 * chunk).times(rule.passes)
+        return a_pass + Sums(0, chunk if clipped or rule.margin is not None else 0)  # the first pass's guess
+    normalized = rule.write_rule == "normalized"
+    return Sums(1 + clipped + normalized, output + clipped * chunk + normalized * chunk**2)
+
+
+def _write_vjp_sums(rule: Rule, head_dim: int, chunk: int) -> Sums:
+    output, clip = chunk * head_dim, Sums(1, 2 * chunk).times(rule.max_norm is not None)
+    return (Sums(1, output + chunk**2) + clip).times(rule.passes) if rule.write_rule == "online" else Sums(1, output) + clip
+
+
+def _reads(chunks: int, interval: int) -> int:
+    """How often a scan reads: several chunks at once, but no further than the next state kept."""
+    groups, rest = divmod(chunks, interval)
+    return groups * -(-interval // READ_AT_ONCE) + -(-rest // READ_AT_ONCE)

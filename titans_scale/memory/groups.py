@@ -47,6 +47,8 @@ class Rule(NamedTuple):
     max_norm: float | None
     passes: int
     margin: float | None
+    group: str = ""
+    """Process group over which the hidden width is split; "": it is whole."""
 
 
 class Tokens(NamedTuple):
@@ -160,7 +162,7 @@ def scan_chunks(
         group = _write_group(of_tokens, now, norm, rule, resets and resets.of(begin // length, end // length), differentiable=False)
         y_group = _by_chunk(y, begin, end, length)
         for first, last in group.slices():
-            of_reads, layers = read(*group.reads(first, last), rule.activation, _repeated(norm, last - first))
+            of_reads, layers = read(*group.reads(first, last), rule.activation, _repeated(norm, last - first), rule.group)
             y_group[first:last] = of_reads.unflatten(0, (last - first, *q.shape[:2]))
             for whole, layer in zip(outputs, layers, strict=False):
                 whole[begin // length + first : begin // length + last] = layer.unflatten(0, (last - first, -1))
@@ -247,10 +249,10 @@ def _write_group(
         if resets:
             resets.apply(number, now)
         if chunk_earlier is None:
-            raw, tape = surprise(k, v, _weights(now), rule.activation, norm)
+            raw, tape = surprise(k, v, _weights(now), rule.activation, norm, rule.group)
             scaled, scaling = scale_surprise(raw, theta, rule=rule.write_rule, chunk_size=rule.chunk_size, max_norm=rule.max_norm)
         else:
-            online = OnlineChunk(k, v, now, chunk_earlier, limit, rule.max_norm, rule.activation, norm)
+            online = OnlineChunk(k, v, now, chunk_earlier, limit, rule.max_norm, rule.activation, norm, rule.group)
             passes = online_surprise(online, rule.passes)
             raw, scaling = passes[-1].surprise, passes[-1].scaling
             scaled = raw if scaling.factor is None else raw.scaled(scaling.factor)
@@ -290,6 +292,7 @@ def _group_vjp(
             *reads[1:],
             rule.activation,
             _repeated(norm, last - first),
+            rule.group,
             _flat(grad_coefficients, first, last),
             grad_norm,
         )

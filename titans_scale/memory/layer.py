@@ -80,8 +80,27 @@ class NeuralMemory(nn.Module):
         self.out_norm = nn.Parameter(torch.empty(inner))
         self.out_gate = nn.Linear(dim, inner, bias=False)
         self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.group, self._part, self._parts = "", 0, 1
         if not self.q_proj.weight.is_meta:
             self.reset_parameters()
+
+    def split_hidden(self, group: str, rank: int, size: int) -> None:
+        """From now on this layer holds one part of its memories' hidden width, and the group's other ranks the rest.
+
+        It has rank's rows of initial_weights[0] and columns of initial_weights[1] and out_proj.weight; all else is whole and alike on all
+        ranks. What `forward` and `retrieve` return is then this rank's part of a sum over ranks, a state its part of the memories.
+
+        Args:
+            group: name of the process group.   rank: this one's place in it.   size: ranks in it.
+        Raises:
+            ValueError: a memory of another depth than 2, or a width that does not divide.
+        """
+        inner, hidden = self.config.num_heads * self.head_dim, self.config.expansion * self.head_dim
+        if self.config.depth != 2:
+            raise ValueError(f"a memory of depth {self.config.depth} has no one hidden width to split; set model.memory.depth to 2")
+        if inner % size or hidden % size:
+            raise ValueError(f"neither may leave a rest over {size} ranks: hidden width {hidden}, num_heads * head_dim {inner}; change one")
+        self.group, self._part, self._parts = group, rank, size
 
     def forward(self, x_BTM: Tensor, state: MemoryState | None = None, resets: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """Write all tokens and read at each of them. Any cut with the state handed on equals one pass.
@@ -141,11 +160,12 @@ class NeuralMemory(nn.Module):
             curvature_margin=config.curvature_margin,
             state_interval=config.state_interval,
             resets=resets,
+            group=self.group,
         )
 
     def read(self, q_BHTD: Tensor, weights: list[Tensor]) -> Tensor:
         """M(q_t) of a memory that stands still: the same weights (B, H, out, in) for all T tokens."""
-        return memory_mlp(q_BHTD.to(weights[0].dtype), weights, self.config.activation, self.residual_norm())
+        return memory_mlp(q_BHTD.to(weights[0].dtype), weights, self.config.activation, self.residual_norm(), self.group)
 
     def retrieve(self, q_BHTD: Tensor, weights: list[Tensor], x_BTM: Tensor) -> Tensor:
         """The layer's output for such a read (equation 15), (B, T, dim).
@@ -168,28 +188,29 @@ class NeuralMemory(nn.Module):
         it; `normalized` has that factor in the rule.
         """
 
-        def gate(projection: nn.Linear | None) -> Tensor:
-            if projection is None:
-                return x_BTM.new_zeros(x_BTM.shape[0], self.config.num_heads, x_BTM.shape[1])
+        def gate(projection: nn.Linear) -> Tensor:
             logits = projection(x_BTM).mT
             return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))  # 1 - alpha needs the digits
 
-        eta = gate(self.eta_proj)
+        share = gate(self.theta_proj)
+        eta = torch.zeros_like(share) if self.eta_proj is None else gate(self.eta_proj)
+        alpha = torch.zeros_like(share) if self.alpha_proj is None else gate(self.alpha_proj)
         max_step = self.config.max_step * (1 - eta) if self.config.write_rule == "online" else self.config.max_step
-        return Gates(max_step * gate(self.theta_proj), eta, gate(self.alpha_proj))
+        return Gates(max_step * share, eta, alpha)
 
     def _heads(self, x_BTI: Tensor, conv: str, tail_BKI: Tensor | None, *, unit: bool) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution and SiLU, then (B, H, T, D). The paper's 'SiLU on the q, k, v' and its convolutions."""
         kernel = self.config.conv_kernel
         weight_IK = getattr(self, conv) if kernel else None
         tail = x_BTI.new_zeros(x_BTI.shape[0], max(kernel - 1, 0), x_BTI.shape[2]) if tail_BKI is None else tail_BKI
-        y = short_convolution(x_BTI, weight_IK, tail, self.config.num_heads, unit=unit)
+        y = short_convolution(x_BTI, weight_IK, tail, x_BTI.shape[2] // self.head_dim, unit=unit)
         recent = x_BTI[:, max(0, x_BTI.shape[1] - tail.shape[1]) :] if kernel > 1 else x_BTI[:, :0]
         return y, torch.cat((tail[:, recent.shape[1] :], recent), dim=1)
 
     def _output(self, y_BHTD: Tensor, x_BTM: Tensor) -> Tensor:
         """Norm per head, gate from the tokens, output projection (section 4.4)."""
-        return self.out_proj(gated_norm(y_BHTD, self.out_norm, self.out_gate(x_BTM)))
+        out_BTI = gated_norm(y_BHTD, self.out_norm, self.out_gate(x_BTM))
+        return self.out_proj(out_BTI.chunk(self._parts, dim=-1)[self._part])
 
     def residual_norm(self) -> ResidualNorm | None:
         return ResidualNorm(self.memory_scale, self.memory_shift) if self.config.residual_norm else None

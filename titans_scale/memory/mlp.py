@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_scale.memory.ranks import differentiable_sum_over, sum_over
+
 Activation = Literal["silu", "gelu"]
 LAYER_NORM_EPS = 1e-6
 
@@ -31,16 +33,23 @@ class Surprise(NamedTuple):
     """Gradient at the output of each layer, (..., T, O)."""
     error_BHTD: Tensor
     """2 (M(k) - v)."""
+    group: str
+    """Over which the hidden width is split; "": it is whole. Of each layer's feature and delta then one is whole, so that what a rank finds
+    of the two results below is its part of a sum."""
 
     def squared_norm(self) -> Tensor:
         """|g_t|^2 of every token over all layers, (..., T)."""
+        return sum_over(self.own_squared_norm(), self.group)
+
+    def own_squared_norm(self) -> Tensor:
+        """What this rank's weights have in `squared_norm`."""
         pairs = zip(self.features, self.deltas, strict=True)
-        return torch.stack([outer_squared_norm(feature, delta) for feature, delta in pairs]).sum(0)
+        return torch.stack([squared_length(feature) * squared_length(delta) for feature, delta in pairs]).sum(0)
 
     def gram(self) -> Tensor:
         """<g_t, g_s> of every pair of tokens over all layers, (..., T, T)."""
         pairs = zip(self.features, self.deltas, strict=True)
-        return torch.stack([(h @ h.mT) * (delta @ delta.mT) for h, delta in pairs]).sum(0)
+        return sum_over(torch.stack([(h @ h.mT) * (delta @ delta.mT) for h, delta in pairs]).sum(0), self.group)
 
     def scaled(self, factor_BHT: Tensor) -> "Surprise":
         """Every token's gradient times its factor."""
@@ -74,9 +83,9 @@ class SurpriseTape(NamedTuple):
     """Output of the last layer, before the residual and the norm."""
 
 
-def outer_squared_norm(feature: Tensor, delta: Tensor) -> Tensor:
-    """|delta_t (x) feature_t|^2 of every token, (..., T): one layer's part of |g_t|^2."""
-    return feature.square().sum(-1) * delta.square().sum(-1)
+def squared_length(x: Tensor) -> Tensor:
+    """|x_t|^2 of every token, (..., T). That of an outer product is the product of its factors'."""
+    return x.square().sum(-1)
 
 
 def activate(z: Tensor, activation: Activation) -> Tensor:
@@ -93,12 +102,12 @@ def activate_with_slope(z: Tensor, activation: Activation) -> Activated:
     return Activated(z * normal_cdf, slope, z, activation)
 
 
-def memory_mlp(x_BHTD: Tensor, weights: list[Tensor], activation: Activation, norm: ResidualNorm | None = None) -> Tensor:
+def memory_mlp(x_BHTD: Tensor, weights: list[Tensor], activation: Activation, norm: ResidualNorm | None = None, group: str = "") -> Tensor:
     """M(x): a read of the memory, with the same weights for all T tokens."""
     x = x_BHTD
     for layer, weight in enumerate(weights):
         x = (activate(x, activation) if layer else x) @ weight.mT
-    return output_of(x_BHTD, x, norm)
+    return output_of(x_BHTD, differentiable_sum_over(x, group), norm)
 
 
 def output_of(x_BHTD: Tensor, z_BHTD: Tensor, norm: ResidualNorm | None) -> Tensor:
@@ -118,7 +127,7 @@ def output_vjp(grad: Tensor, z: Tensor, norm: ResidualNorm, grad_norm: ResidualN
 
 
 def surprise(
-    k_BHTD: Tensor, v_BHTD: Tensor, weights: list[Tensor], activation: Activation, norm: ResidualNorm | None
+    k_BHTD: Tensor, v_BHTD: Tensor, weights: list[Tensor], activation: Activation, norm: ResidualNorm | None, group: str = ""
 ) -> tuple[Surprise, SurpriseTape]:
     """Gradients of |M(k_t) - v_t|^2 of every token, all taken at the same weights."""
     features, hidden = [k_BHTD], []
@@ -128,12 +137,13 @@ def surprise(
         hidden.append(activate_with_slope(z, activation))
         features.append(hidden[-1].value)
         z = features[-1] @ weight.mT
+    z = sum_over(z, group)
     error, delta = error_and_delta(k_BHTD, v_BHTD, z, norm)
     deltas = [delta]
     for weight, activated in zip(reversed(weights[1:]), reversed(hidden), strict=True):
         unsloped.insert(0, deltas[0] @ weight)
         deltas.insert(0, unsloped[0] * activated.slope)
-    return Surprise(features, deltas, error), SurpriseTape(hidden, unsloped, z)
+    return Surprise(features, deltas, error, group), SurpriseTape(hidden, unsloped, z)
 
 
 def error_and_delta(k_BHTD: Tensor, v_BHTD: Tensor, z_BHTD: Tensor, norm: ResidualNorm | None) -> tuple[Tensor, Tensor]:
@@ -190,6 +200,7 @@ def surprise_vjp(
         grad_deltas[layer + 1].baddbmm_(grad_unsloped, weights[layer + 1].mT)
         grad_weights[layer + 1].baddbmm_(made.deltas[layer + 1].mT, grad_unsloped)
     grad_z = error_and_delta_vjp(grad_deltas[last], made.error_BHTD, tape.z, norm, grad_norm, grad_k, grad_v)
+    grad_z = sum_over(grad_z, made.group)
     for layer in range(last, 0, -1):
         grad_weights[layer].baddbmm_(grad_z.mT, made.features[layer])
         grad_value = grad_features[layer].baddbmm_(grad_z, weights[layer])

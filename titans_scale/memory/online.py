@@ -24,8 +24,9 @@ from titans_scale.memory.mlp import (
     activate_with_slope,
     error_and_delta,
     error_and_delta_vjp,
-    outer_squared_norm,
+    squared_length,
 )
+from titans_scale.memory.ranks import sum_over, sum_together
 from titans_scale.memory.write_rule import Scaling, clip_factor, scale_vjp
 
 
@@ -42,6 +43,13 @@ class OnlineChunk(NamedTuple):
     max_norm: float | None
     activation: Activation
     norm: ResidualNorm | None
+    group: str
+    """Over which the hidden width is split, see `Rule`."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything holds a token's write down."""
+        return self.limit_C is not None or self.max_norm is not None
 
     def from_state(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's output as far as it comes from the state at the chunk's start, and its products with weights and momentum."""
@@ -72,6 +80,9 @@ class Pass(NamedTuple):
     """Of every layer on the way to the output; in the first pass of the last layer alone."""
     backward: list[Writes]
     """Of every layer but the first on the way of the deltas."""
+    feature_squares: list[Tensor]
+    """|feature_t|^2, every layer, over the whole width where it is split; likewise the deltas'."""
+    delta_squares: list[Tensor]
     hidden: list[Activated]
     both: list[Tensor]
     """Every layer's products with weights and momentum."""
@@ -129,6 +140,7 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
     scale = before.scaling.factor if before else None
     last = len(chunk.states) - 1
     features, hidden, both = [chunk.k], [], []
+    feature_squares = [squared_length(chunk.k)]
     grams: list[Tensor] = []
     forward: list[Writes] = []
     for layer in range(last + 1):
@@ -138,17 +150,20 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
             grams.append(torch.bmm(features[layer], features[layer].mT))
         if layer < last:
             if before:
-                size = outer_squared_norm(features[layer], before.surprise.deltas[layer])
-                held = _held(scale, chunk, size, before.surprise.error_BHTD, before.surprise.features[last])
+                size = feature_squares[layer] * before.delta_squares[layer]
+                held = _held(scale, chunk, size, before.surprise.error_BHTD, before.feature_squares[last])
                 forward.append(_writes(chunk, held))
                 z.baddbmm_(grams[layer] * forward[layer].write_CC, before.surprise.deltas[layer], alpha=-1)
             hidden.append(activate_with_slope(z, chunk.activation))
             features.append(hidden[-1].value)
+            feature_squares.append(squared_length(features[-1]))
+    gains = [] if before else _gains(chunk, hidden)
+    z, grams[-1], feature_squares[last], *gains = sum_together(chunk.group, z, grams[-1], feature_squares[last], *gains)
     if before is None:
-        scale = _first_scale(chunk, features, hidden, z)
+        scale = _first_scale(chunk, feature_squares, gains, z)
     else:
         unknown = torch.zeros_like(z[..., 0])
-        scale = _held(scale, chunk, unknown, z, features[last])
+        scale = _held(scale, chunk, unknown, z, feature_squares[last])
     forward.append(_writes(chunk, scale))
     seen_CC = grams[-1] * forward[-1].write_CC
     start = None
@@ -163,17 +178,21 @@ def _one_pass(chunk: OnlineChunk, before: Pass | None) -> Pass:
     unsloped: list[Tensor] = []
     delta_grams: list[Tensor] = []
     backward: list[Writes] = []
-    size = outer_squared_norm(features[last], delta)
+    delta_squares = [squared_length(delta)]
+    size = feature_squares[last] * delta_squares[0]
     for layer in range(last, 0, -1):
-        scale = _held(scale, chunk, size, error, features[last])
+        scale = _held(scale, chunk, size, error, feature_squares[last])
         backward.insert(0, _writes(chunk, scale))
         grad = torch.bmm(chunk.as_pair(deltas[0]), chunk.states[layer])
         delta_grams.insert(0, torch.bmm(deltas[0], deltas[0].mT))
         unsloped.insert(0, grad.baddbmm_(delta_grams[0] * backward[0].write_CC, features[layer], alpha=-1))
         deltas.insert(0, unsloped[0] * hidden[layer - 1].slope)
-        size = size + outer_squared_norm(features[layer - 1], deltas[0])
-    scaling = _scaling(chunk, size, error, features[last])
-    return Pass(Surprise(features, deltas, error), scaling, forward, backward, hidden, both, grams, delta_grams, unsloped, start, z)
+        delta_squares.insert(0, sum_over(squared_length(deltas[0]), chunk.group))
+        size = size + feature_squares[layer - 1] * delta_squares[0]
+    scaling = _scaling(chunk, size, error, feature_squares[last])
+    made = Surprise(features, deltas, error, chunk.group)
+    squares = (feature_squares, delta_squares)
+    return Pass(made, scaling, forward, backward, *squares, hidden, both, grams, delta_grams, unsloped, start, z)
 
 
 def _one_pass_vjp(
@@ -181,20 +200,20 @@ def _one_pass_vjp(
 ) -> tuple[list[Tensor], Tensor]:
     """Adds to `grads`; returns the gradients in the deltas and in the scale of the pass before."""
     last = len(chunk.states) - 1
-    features, deltas, error = made.surprise
+    features, deltas, error, group = made.surprise
     grad_before = [torch.zeros_like(delta) for delta in deltas] if before else []
     guess = before.scaling.factor if before else None
     grad_scale = torch.zeros_like(error[..., 0])
     grad_slopes = []
 
-    def seen_vjp(grad_seen: Tensor, gram: Tensor, x: Tensor, writes: Writes, grad_x: Tensor) -> None:
-        """Of seen = (x x') * write. `grad_seen` is overwritten."""
+    def seen_vjp(grad_seen: Tensor, gram: Tensor, writes: Writes) -> Tensor:
+        """Of seen = gram * write: the gradient in the gram and that in its transpose, added up. `grad_seen` is overwritten."""
         grad_write = grad_seen * gram
         grads.earlier.write_CC.add_(_columns(grad_write, writes.scale))
         if guess is not None and writes.scale is not None:  # where a scale is held, it is a constant
             grad_scale.add_(torch.where(writes.scale == guess, (grad_write * chunk.earlier.write_CC).sum(-2), 0.0))
         grad_gram = grad_seen.mul_(writes.write_CC)
-        grad_x.baddbmm_(grad_gram + grad_gram.mT, x)
+        return grad_gram + grad_gram.mT
 
     for layer in range(1, last + 1):  # the chain of deltas ran from the last layer down
         grad_slopes.append(grad_deltas[layer - 1] * made.unsloped[layer - 1])
@@ -202,7 +221,7 @@ def _one_pass_vjp(
         _from_pair_vjp(grad, deltas[layer], layer, chunk, grads, grad_deltas[layer])
         gram, writes = made.delta_grams[layer - 1], made.backward[layer - 1]
         grad_features[layer].baddbmm_((gram * writes.write_CC).mT, grad, alpha=-1)
-        seen_vjp(torch.bmm(grad, features[layer].mT).neg_(), gram, deltas[layer], writes, grad_deltas[layer])
+        grad_deltas[layer].baddbmm_(seen_vjp(torch.bmm(grad, features[layer].mT).neg_(), gram, writes), deltas[layer])
 
     seen_CC = made.grams[-1] * made.forward[-1].write_CC
     if chunk.norm is None or grads.norm is None:
@@ -220,7 +239,8 @@ def _one_pass_vjp(
             grad_z = grad_z + error_and_delta_vjp(grad_delta_before, start_error, z, chunk.norm, grads.norm, grads.k, grads.v)
         else:
             grad_before[last] = grad_delta_before
-    seen_vjp(grad_seen, made.grams[-1], features[last], made.forward[-1], grad_features[last])
+    grad_z, grad_gram = sum_together(group, grad_z, seen_vjp(grad_seen, made.grams[-1], made.forward[-1]))
+    grad_features[last].baddbmm_(grad_gram, features[last])
     for layer in range(last, -1, -1):
         _from_state_vjp(grad_z, features[layer], made.both[layer], layer, chunk, grads, grad_features[layer])
         if layer == 0:
@@ -231,7 +251,7 @@ def _one_pass_vjp(
             gram, writes = made.grams[layer - 1], made.forward[layer - 1]
             grad_before[layer - 1] = torch.bmm((gram * writes.write_CC).mT, grad_z).neg_()
             grad_seen = torch.bmm(grad_z, before.surprise.deltas[layer - 1].mT).neg_()
-            seen_vjp(grad_seen, gram, features[layer - 1], writes, grad_features[layer - 1])
+            grad_features[layer - 1].baddbmm_(seen_vjp(grad_seen, gram, writes), features[layer - 1])
     grads.k.add_(grad_features[0])
     return grad_before, grad_scale
 
@@ -270,44 +290,52 @@ def _solve_transposed(seen_CC: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular((2 * seen_CC).mT, right, upper=True, unitriangular=True)
 
 
-def _scaling(chunk: OnlineChunk, size: Tensor, error: Tensor, feature: Tensor) -> Scaling:
-    """The clip, times the local factor. size is |g|^2, feature the last layer's."""
+def _scaling(chunk: OnlineChunk, size: Tensor, error: Tensor, feature_square: Tensor) -> Scaling:
+    """The clip, times the local factor. size is |g|^2, feature_square the last layer's |feature|^2."""
     clip = None if chunk.max_norm is None else clip_factor(size, chunk.max_norm)
     if chunk.limit_C is None:
         return Scaling(clip, clip)
-    curvature = size / (error.square().sum(-1) + torch.finfo(error.dtype).tiny)
+    curvature = size / (squared_length(error) + torch.finfo(error.dtype).tiny)
     if chunk.norm is None:  # |g|^2 / |e|^2 >= |feature|^2, also where the squares of tiny errors are rounded to zero
-        curvature = torch.maximum(curvature, feature.square().sum(-1))
+        curvature = torch.maximum(curvature, feature_square)
     local = 1 / (chunk.limit_C * curvature).clamp(min=1.0)
     return Scaling(local if clip is None else local * clip, clip)
 
 
 @torch.no_grad()
-def _held(scale: Tensor | None, chunk: OnlineChunk, size: Tensor, error: Tensor, feature: Tensor) -> Tensor | None:
+def _held(scale: Tensor | None, chunk: OnlineChunk, size: Tensor, error: Tensor, feature_square: Tensor) -> Tensor | None:
     """A scale that the writes got before their features and deltas were known, brought down to what those bear.
 
     Where they have grown meanwhile, each layer would make them grow further, to infinity in a few, and the solve from token to token.
     size is |g|^2 as far as it is known, never more than the whole: once the passes have converged nothing is held. A constant to the
     outer gradient.
     """
-    bound = _scaling(chunk, size, error, feature).factor
+    bound = _scaling(chunk, size, error, feature_square).factor
     return scale if scale is None or bound is None else torch.minimum(scale, bound)
 
 
-def _first_scale(chunk: OnlineChunk, features: list[Tensor], hidden: list[Activated], z_last: Tensor) -> Tensor | None:
+def _gains(chunk: OnlineChunk, hidden: list[Activated]) -> list[Tensor]:
+    """By how much the squared length of a delta grows to that of the layer before, every hidden layer: its guess in the first pass.
+
+    As for errors of no particular direction: a mean over the weights' columns in place of a product with them.
+    """
+    if not chunk.bounded:
+        return []
+    weights = [state.chunk(2, dim=-2)[0] for state in chunk.states[1:]]
+    return [(x.slope.square() * w.square().mean(-2, keepdim=True)).sum(-1) for x, w in zip(hidden, weights, strict=True)]
+
+
+def _first_scale(chunk: OnlineChunk, feature_squares: list[Tensor], gains: list[Tensor], z_last: Tensor) -> Tensor | None:
     """The first pass has no deltas yet: a guess from the errors before the chunk's own writes, a constant to the outer gradient.
 
-    How long the deltas of the layers before the last will be is taken as for errors of no particular direction: a mean over
-    the weights' columns in place of a product with them. For a linear memory the local factor is exact: its curvature is |k|^2.
+    For a linear memory the local factor is exact: its curvature is |k|^2.
     """
-    if chunk.limit_C is None and chunk.max_norm is None:
+    if not chunk.bounded:
         return None
     error, delta = error_and_delta(chunk.k, chunk.v, z_last, chunk.norm)
-    delta_squared = delta.square().sum(-1)
-    squared_norm = features[-1].square().sum(-1) * delta_squared
-    for layer in range(len(hidden), 0, -1):
-        weights, _ = chunk.states[layer].chunk(2, dim=-2)
-        gain = (hidden[layer - 1].slope.square() * weights.square().mean(-2, keepdim=True)).sum(-1)
-        delta_squared = delta_squared * gain
-        squared_norm = squared_norm + features[layer - 1].square().sum(-1) * delta_squared
-    return _scaling(chunk, squared_norm, error, features[-1]).factor
+    delta_square = squared_length(delta)
+    squared_norm = feature_squares[-1] * delta_square
+    for feature_square, gain in zip(reversed(feature_squares[:-1]), reversed(gains), strict=True):
+        delta_square = delta_square * gain
+        squared_norm = squared_norm + feature_square * delta_square
+    return _scaling(chunk, squared_norm, error, feature_squares[-1]).factor

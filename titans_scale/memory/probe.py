@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from titans_scale.memory.layer import Gates, MemoryState, NeuralMemory
 from titans_scale.memory.mlp import surprise
+from titans_scale.memory.ranks import sum_over
 
 
 class MemoryProbe:
     """Context in which every call of a NeuralMemory is measured; `metrics` averages over layers, heads, tokens and calls.
 
-    Costs about four more scans a layer, so it is for a forward pass now and then, not for every step.
+    Costs about four more scans a layer, so it is for a forward pass now and then, not for every step. Where ranks share memories
+    (`NeuralMemory.split_hidden`) all of them measure together.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,7 +61,8 @@ class MemoryProbe:
             early = Gates(*(gate[:, :, :tail] for gate in gates))
             at_tail = memory.scan(k[:, :, :tail], k[:, :, :tail], v[:, :, :tail], early, scan)[1].weights
         wide_k, wide_v = k[:, :, tail:].to(at_tail[0].dtype), v[:, :, tail:].to(at_tail[0].dtype)
-        last, _ = surprise(wide_k, wide_v, at_tail, memory.config.activation, memory.residual_norm())
+        last, _ = surprise(wide_k, wide_v, at_tail, memory.config.activation, memory.residual_norm(), memory.group)
+        own_square = torch.stack([w.square().sum((-1, -2)) for w in output[1].scan.weights]).sum(0)
         record = {
             "inner_loss_before": (before - v).square().sum(-1).mean(),
             "inner_loss_after": (after - v).square().sum(-1).mean(),
@@ -67,7 +70,7 @@ class MemoryProbe:
             "theta_mean": gates.theta.mean(),
             "eta_mean": gates.eta.mean(),
             "alpha_mean": gates.alpha.mean(),
-            "state_norm": torch.stack([w.square().sum((-1, -2)) for w in output[1].scan.weights]).sum(0).sqrt().mean(),
+            "state_norm": sum_over(own_square, memory.group).sqrt().mean(),
         }
         if memory.config.write_rule == "online":
             once_more, _ = memory.scan(k, k, v, gates, scan, passes=memory.config.passes + 1)

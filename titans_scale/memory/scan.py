@@ -43,6 +43,7 @@ def memory_scan(
     curvature_margin: float | None = 4.0,
     state_interval: int | None = None,
     resets: Tensor | None = None,
+    group: str = "",
 ) -> tuple[Tensor, ScanState]:
     """Write every token into its head's memory and read the memory as it stands right after (equations 13 to 16).
 
@@ -59,23 +60,29 @@ def memory_scan(
             square root of half the number of chunks, four at least; 1: keep all.
         resets: bool, (B, chunks, an open one included): chunks before which a row's memory goes back to the initial weights and no
             momentum, as at the start of a sequence. Without a state only.
+        group: name of the process group over which the hidden width is split (depth 2): every rank then has its rows of the first
+            weights and its columns of the second, here and in the state; all else is given alike on all ranks, and so is y. Gradients in
+            what is alike are parts, whose sum over the ranks is the gradient; those in weights and state are whole.
     Returns:
         y (B, H, T, D) in q's dtype, and the state after the last token in float32 (float64 where an input is).
     Raises:
-        ValueError: shapes that do not fit each other, no tokens, an unknown option, or resets of a carried state.
+        ValueError: shapes that do not fit each other, no tokens, an unknown option, resets of a carried state, or a group where the depth
+            is not 2.
     """
     _check(q, k, v, (theta, eta, alpha), weights, chunk_size, backend)
     if write_rule not in WRITE_RULES:
         raise ValueError(f"memory_scan has no write_rule {write_rule!r}; choose one of {', '.join(WRITE_RULES)}")
     if passes < 1:
         raise ValueError(f"passes is {passes}; the online rule needs at least one")
+    if group and len(weights) != 2:
+        raise ValueError(f"a memory of depth {len(weights)} has no one hidden width to split over a group; use depth 2, or no group")
     batch_size, _, length, _ = q.shape
     if resets is not None:
         _check_resets(resets, (batch_size, -(-length // chunk_size)), state)
     dtype = _compute_dtype(q, k, v, theta, eta, alpha, *weights)
     tokens = Tokens(*(x.to(dtype) for x in (q, k, v, theta, eta, alpha)))
     scales = [x.to(dtype) for x in norm or ()]
-    rule = Rule(chunk_size, activation, write_rule, max_inner_grad_norm, passes, curvature_margin)
+    rule = Rule(chunk_size, activation, write_rule, max_inner_grad_norm, passes, curvature_margin, group)
     if state is None:
         now = initial_weights(weights, batch_size, dtype)
         momentum = [torch.zeros_like(weight) for weight in now]

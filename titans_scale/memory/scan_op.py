@@ -35,13 +35,14 @@ def scan_op(
     max_norm: float | None,
     passes: int,
     margin: float | None,
+    group: str,
     length: int,
     interval: int,
     keep: bool,
     resets: Tensor | None,
 ) -> list[Tensor]:
     """`scan_chunks` as an operator; norm is empty or [scale, shift]. Returns y, the states, then what is kept if `keep`."""
-    rule = Rule(chunk_size, cast(Activation, activation), cast(WriteRule, write_rule), max_norm, passes, margin)
+    rule = Rule(chunk_size, cast(Activation, activation), cast(WriteRule, write_rule), max_norm, passes, margin, group)
     y, after, kept = scan_chunks((q, k, v, theta, eta, alpha), states, _residual_norm(norm), rule, length, interval, keep, resets)
     return [y, *after, *kept]
 
@@ -50,7 +51,7 @@ def scan_op(
 def _(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, states: list[Tensor], norm: list[Tensor], *options: Any
 ) -> list[Tensor]:
-    length, interval, keep = options[6:9]
+    length, interval, keep = options[7:10]
     kept = empty_kept(q, states, _residual_norm(norm), length, interval) if keep else []
     return [_new(q), *(_new(state) for state in states), *kept]
 
@@ -68,12 +69,13 @@ def scan_vjp_op(
     max_norm: float | None,
     passes: int,
     margin: float | None,
+    group: str,
     length: int,
     interval: int,
     resets: Tensor | None,
 ) -> list[Tensor]:
     """`scan_chunks_vjp` as an operator. Returns the gradients of tokens, states and norm, in this order."""
-    rule = Rule(chunk_size, cast(Activation, activation), cast(WriteRule, write_rule), max_norm, passes, margin)
+    rule = Rule(chunk_size, cast(Activation, activation), cast(WriteRule, write_rule), max_norm, passes, margin, group)
     of_tokens, of_states, of_norm = scan_chunks_vjp(grad_y, grad_after, tokens, kept, _residual_norm(norm), rule, length, interval, resets)
     return [*of_tokens, *of_states, *of_norm]
 
@@ -86,8 +88,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tokens, states, norm, chunk_size, activation, write_rule, max_norm, passes, margin, length, interval, _, resets = inputs
-    ctx.options = (chunk_size, activation, write_rule, max_norm, passes, margin, length, interval)
+    *tokens, states, norm, chunk_size, activation, write_rule, max_norm, passes, margin, group, length, interval, _, resets = inputs
+    ctx.options = (chunk_size, activation, write_rule, max_norm, passes, margin, group, length, interval)
     ctx.layers, ctx.norms = len(states), len(norm)
     ctx.state_shapes = [state.shape for state in states]
     ctx.set_materialize_grads(False)
@@ -103,7 +105,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     ]
     grad_y = torch.zeros_like(tokens[0]) if grad_y is None else grad_y
     made = scan_vjp_op(grad_y, of_states, list(tokens), list(kept), list(norm), *ctx.options, resets)
-    return (*made[:6], made[6 : 6 + ctx.layers], made[6 + ctx.layers :], *(None,) * 10)
+    return (*made[:6], made[6 : 6 + ctx.layers], made[6 + ctx.layers :], *(None,) * 11)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -111,13 +113,13 @@ scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.titans_scale.memory_scan)
 def _scan_flops(q: Any, k: Any, v: Any, theta: Any, eta: Any, alpha: Any, states: Any, norm: Any, *options: Any, **_: Any) -> int:
-    write_rule, passes, length = options[2], options[4], options[6]
+    write_rule, passes, length = options[2], options[4], options[7]
     return _memories_and_chunks(q, length) * chunk_flops(_widths(states), length, write_rule, passes).forward
 
 
 @register_flop_formula(torch.ops.titans_scale.memory_scan_vjp)
 def _scan_vjp_flops(grad_y: Any, grad_after: Any, tokens: Any, kept: Any, norm: Any, *options: Any, **_: Any) -> int:
-    write_rule, passes, length = options[2], options[4], options[6]
+    write_rule, passes, length = options[2], options[4], options[7]
     return _memories_and_chunks(tokens[0], length) * chunk_flops(_widths(grad_after), length, write_rule, passes).backward
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_scale.memory.mlp import Surprise
+from titans_scale.memory.ranks import sum_together
 
 WriteRule = Literal["plain", "normalized", "online"]
 
@@ -89,8 +90,8 @@ def scale_vjp(grad_scale: Tensor, grad_features: list[Tensor], grad_deltas: list
     """Adds the gradients of the tokens' factors. The rule's part is a constant, the clip is not: clip = max_norm / |g| where below 1."""
     if scaling.clip is None or scaling.factor is None:
         return
-    norm_squared = raw.squared_norm() + _tiny(raw.error_BHTD)
-    grad_norm_squared = torch.where(scaling.clip < 1, -0.5 * grad_scale * scaling.factor / norm_squared, 0.0)
+    squared_norm, grad_scale = sum_together(raw.group, raw.own_squared_norm(), grad_scale)
+    grad_norm_squared = torch.where(scaling.clip < 1, -0.5 * grad_scale * scaling.factor / (squared_norm + _tiny(squared_norm)), 0.0)
     for grad_feature, grad_delta, feature, delta in zip(grad_features, grad_deltas, raw.features, raw.deltas, strict=True):
         grad_delta.addcmul_(delta, (2 * grad_norm_squared * feature.square().sum(-1)).unsqueeze(-1))
         grad_feature.addcmul_(feature, (2 * grad_norm_squared * delta.square().sum(-1)).unsqueeze(-1))

@@ -3,7 +3,11 @@
 A block takes the tokens and its own state and returns both. State None is the start of a sequence: the persistent tokens come
 first then, and their outputs are dropped. Any cut of a sequence with the state handed on equals one pass.
 
-Shape letters: B batch, T tokens, P persistent tokens, M model width, H heads, D head dimension.
+Where several ranks share a block, it takes and returns a rank's share of the tokens, norms and residual sums are of that share, and what
+comes out of a projection back to the model's width is a rank's part of a sum: see `titans_scale.models.ranks`.
+
+Shape letters: B batch, T tokens, S a rank's share of the tokens (all of them on one device), P persistent tokens, M model width, H heads, D
+head dimension.
 """
 
 import math
@@ -20,6 +24,7 @@ from titans_scale.memory.state import begin_anew
 from titans_scale.models.attention import Attention, KeyValue, segment_attention, window_attention
 from titans_scale.models.documents import DocumentLayout
 from titans_scale.models.layers import MemoryGate, SwiGLU
+from titans_scale.models.ranks import OneRank, Ranks
 
 
 class MACState(NamedTuple):
@@ -50,6 +55,7 @@ class Block(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.ranks: Ranks = OneRank()
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.memory = NeuralMemory(config.dim, config.memory, init_std=config.init_std, num_layers=config.num_layers)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -57,20 +63,20 @@ class Block(nn.Module, ABC):
         if config.num_persistent_tokens:
             self.persistent = nn.Parameter(torch.empty(config.num_persistent_tokens, config.dim))
 
-    def forward(self, x_BTM: Tensor, state: Any = None, documents: DocumentLayout | None = None) -> tuple[Tensor, Any]:
+    def forward(self, x_BSM: Tensor, state: Any = None, documents: DocumentLayout | None = None) -> tuple[Tensor, Any]:
         """The tokens after this block, and the state after them; with documents each is a sequence of its own, and the state nobody's."""
-        x_BTM, state = self.mix(x_BTM, state, documents)
-        return x_BTM + self.mlp(self.mlp_norm(x_BTM)), state
+        x_BSM, state = self.mix(x_BSM, state, documents)
+        return x_BSM + self.ranks.scatter_sum(self.mlp(self.ranks.gather(self.mlp_norm(x_BSM)))), state
 
     @abstractmethod
-    def mix(self, x_BTM: Tensor, state: Any, documents: DocumentLayout | None) -> tuple[Tensor, Any]:
+    def mix(self, x_BSM: Tensor, state: Any, documents: DocumentLayout | None) -> tuple[Tensor, Any]:
         """The tokens with the mixer's output added, and the state after them."""
 
-    def prefix(self, x_BTM: Tensor) -> Tensor:
+    def prefix(self, x_BSM: Tensor) -> Tensor:
         """The persistent tokens for each row of x's batch, (B, P, M); P may be 0."""
         if not self.config.num_persistent_tokens:
-            return x_BTM[:, :0]
-        return self.persistent.to(x_BTM.dtype).expand(x_BTM.shape[0], -1, -1)
+            return x_BSM[:, :0]
+        return self.persistent.to(x_BSM.dtype).expand(x_BSM.shape[0], -1, -1)
 
     def initializers(self) -> dict[str, Initializer]:
         """For the parameters that are this block's own or its children's, by name, how their initial values are made."""
@@ -96,28 +102,32 @@ class MACBlock(Block):
         self.write_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.gate = MemoryGate(config)
 
-    def mix(self, x_BTM: Tensor, state: MACState | None, documents: DocumentLayout | None) -> tuple[Tensor, MACState]:
-        x = self.norm(x_BTM)
+    def mix(self, x_BSM: Tensor, state: MACState | None, documents: DocumentLayout | None) -> tuple[Tensor, MACState]:
+        x = self.ranks.gather(self.norm(x_BSM))
         if documents is not None:
             x = documents.spread(x, x[:, :0])
-        prefix = self.attention.keys_values(self.norm(self.prefix(x_BTM)))
+        prefix = self.attention.keys_values(self.norm(self.prefix(x_BSM)))
         q, own = self.attention.queries(x), self.attention.keys_values(x)
         state = state or MACState(None, None, self.memory.fresh_weights(x.shape[0]), own.between(0, 0), own.between(0, 0))
         memory_q, query_tail = self.memory.queries(x, state.query_tail_BKI)
         state = state._replace(query_tail_BKI=query_tail)
         lengths = pieces_up_to(x.shape[1], self.config.segment_len, begun=state.segment.k.shape[2])
         empty = [None] * len(lengths) if documents is None else (~documents.filled_BS).split(lengths, dim=1)
-        outputs = []
+        ys, reads = [], []
         pieces = zip(x.split(lengths, dim=1), empty, *(y.split(lengths, dim=2) for y in (q, *own, memory_q)), strict=True)
         for number, (x_piece, empty_piece, q_piece, k_piece, v_piece, memory_q_piece) in enumerate(pieces):
             begin = number * self.config.segment_len
             if documents is not None and number and begin % self.config.memory.chunk_size == 0:  # no document begins elsewhere
                 state = self._begun_anew(state, documents.starts_BS[:, begin])
             heads = (q_piece, KeyValue(k_piece, v_piece), memory_q_piece)
-            output, state = self._mix_piece(x_piece, *heads, prefix, state, empty_piece)
-            outputs.append(output)
-        output = torch.cat(outputs, dim=1)
-        return x_BTM + (output if documents is None else documents.collect(output)), state
+            y, read, state = self._mix_piece(x_piece, *heads, prefix, state, empty_piece)
+            ys.append(y)
+            reads.append(read)
+        # All segments at once: ranks then exchange what they read of their memories once a block, not once a segment.
+        y, read = torch.cat(ys, dim=1), torch.cat(reads, dim=1)
+        if documents is not None:
+            y, read = documents.collect(y), documents.collect(read)
+        return x_BSM + self.gate(self.ranks.own_tokens(y), self.ranks.scatter_sum(read)), state
 
     def _begun_anew(self, state: MACState, chosen_B: Tensor) -> MACState:
         """Between two segments: where a document begins with the next one, the memory is as before the first."""
@@ -134,15 +144,17 @@ class MACBlock(Block):
         prefix: KeyValue,
         state: MACState,
         empty_BT: Tensor | None,
-    ) -> tuple[Tensor, MACState]:
-        """Tokens of one segment, up to its end at most. Empty ones, behind a document, are zeros to the memory's convolutions."""
-        recalled = self.memory.retrieve(memory_q_BHTD, state.segment_weights, x_BTM)
+    ) -> tuple[Tensor, Tensor, MACState]:
+        """Tokens of one segment, up to its end at most: what attention makes of them, a rank's part of what the memory then reads, and the
+        state. Empty ones, behind a document, are zeros to the memory's convolutions.
+        """
+        recalled = self.ranks.sum(self.memory.retrieve(memory_q_BHTD, state.segment_weights, x_BTM))
         memory_tokens = state.memory_tokens.then(self.attention.keys_values(self.memory_token_norm(recalled)))
         segment = state.segment.then(own)
         attended = segment_attention(
             q_BHTD, memory_tokens, segment, prefix, theta=self.config.rope_theta, backend=self.config.attention_backend
         )
-        y = self.attention.output(attended)
+        y = self.ranks.sum(self.attention.output(attended))
         if empty_BT is not None:
             y = y.masked_fill(empty_BT[..., None], 0)
         read, memory = self.memory(self.write_norm(y), state.memory)
@@ -150,7 +162,7 @@ class MACBlock(Block):
         if segment.k.shape[2] == self.config.segment_len:
             segment_weights = memory.scan.weights
             memory_tokens, segment = memory_tokens.between(0, 0), segment.between(0, 0)
-        return self.gate(y, read), MACState(memory, state.query_tail_BKI, segment_weights, memory_tokens, segment)
+        return y, read, MACState(memory, state.query_tail_BKI, segment_weights, memory_tokens, segment)
 
 
 class MAGBlock(Block):
@@ -161,10 +173,10 @@ class MAGBlock(Block):
         self.attention = Attention(config)
         self.gate = MemoryGate(config)
 
-    def mix(self, x_BTM: Tensor, state: WindowState | None, documents: DocumentLayout | None) -> tuple[Tensor, WindowState]:
-        x = self.norm(x_BTM)
+    def mix(self, x_BSM: Tensor, state: WindowState | None, documents: DocumentLayout | None) -> tuple[Tensor, WindowState]:
+        x = self.ranks.gather(self.norm(x_BSM))
         if state is None:
-            persistent = self.norm(self.prefix(x_BTM))
+            persistent = self.norm(self.prefix(x_BSM))
             prefix = self.attention.keys_values(persistent)
             whole = joined(persistent, x, documents)
             read, memory = self.memory(whole, None, chunks_to_reset(self.memory, documents))
@@ -173,7 +185,8 @@ class MAGBlock(Block):
             prefix = state.prefix
             read, memory = self.memory(x, state.memory)
         y, context = windowed(self.attention, x, prefix, state, self.config, documents)
-        return x_BTM + self.gate(y, read), WindowState(memory, prefix, context)
+        output = self.gate(self.ranks.scatter_sum(y), self.ranks.scatter_sum(read))
+        return x_BSM + output, WindowState(memory, prefix, context)
 
 
 class MALBlock(Block):
@@ -184,19 +197,24 @@ class MALBlock(Block):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
 
-    def mix(self, x_BTM: Tensor, state: WindowState | None, documents: DocumentLayout | None) -> tuple[Tensor, WindowState]:
-        x_BTM, persistent, memory = remember(self, x_BTM, state.memory if state else None, documents)
-        prefix = state.prefix if state else self.attention.keys_values(self.attention_norm(persistent))
-        y, context = windowed(self.attention, self.attention_norm(x_BTM), prefix, state, self.config, documents)
-        return x_BTM + y, WindowState(memory, prefix, context)
+    def mix(self, x_BSM: Tensor, state: WindowState | None, documents: DocumentLayout | None) -> tuple[Tensor, WindowState]:
+        x_BSM, read_persistent, memory = remember(self, x_BSM, state.memory if state else None, documents)
+        if state is None:
+            persistent = self.prefix(x_BSM) + self.ranks.sum(read_persistent)
+            prefix = self.attention.keys_values(self.attention_norm(persistent))
+        else:
+            prefix = state.prefix
+        x = self.ranks.gather(self.attention_norm(x_BSM))
+        y, context = windowed(self.attention, x, prefix, state, self.config, documents)
+        return x_BSM + self.ranks.scatter_sum(y), WindowState(memory, prefix, context)
 
 
 class LMMBlock(Block):
     """The memory alone as the sequence mixer."""
 
-    def mix(self, x_BTM: Tensor, state: MemoryState | None, documents: DocumentLayout | None) -> tuple[Tensor, MemoryState]:
-        x_BTM, _, memory = remember(self, x_BTM, state, documents)
-        return x_BTM, memory
+    def mix(self, x_BSM: Tensor, state: MemoryState | None, documents: DocumentLayout | None) -> tuple[Tensor, MemoryState]:
+        x_BSM, _, memory = remember(self, x_BSM, state, documents)
+        return x_BSM, memory
 
 
 def pieces_up_to(length: int, size: int, *, begun: int) -> list[int]:
@@ -206,14 +224,17 @@ def pieces_up_to(length: int, size: int, *, begun: int) -> list[int]:
 
 
 def remember(
-    block: Block, x_BTM: Tensor, state: MemoryState | None, documents: DocumentLayout | None
+    block: Block, x_BSM: Tensor, state: MemoryState | None, documents: DocumentLayout | None
 ) -> tuple[Tensor, Tensor, MemoryState]:
-    """x + memory(norm(x)) over [persistent || x] at the start of a sequence, over x later; the persistent part apart."""
-    persistent = block.prefix(x_BTM) if state is None else x_BTM[:, :0]
-    whole = joined(persistent, x_BTM, documents)
-    read, memory = block.memory(block.norm(whole), state, chunks_to_reset(block.memory, documents))
-    whole = whole + read
-    return parted(whole, persistent, documents), whole[:, : persistent.shape[1]], memory
+    """x + memory(norm(x)) over [persistent || x] at the start of a sequence, over x later.
+
+    Returns the tokens, a rank's part of what the memory read at the persistent ones (B, P, M), and its state.
+    """
+    persistent = block.norm(block.prefix(x_BSM) if state is None else x_BSM[:, :0])
+    whole = joined(persistent, block.ranks.gather(block.norm(x_BSM)), documents)
+    read, memory = block.memory(whole, state, chunks_to_reset(block.memory, documents))
+    x_BSM = x_BSM + block.ranks.scatter_sum(parted(read, persistent, documents))
+    return x_BSM, read[:, : persistent.shape[1]], memory
 
 
 def joined(persistent_BPM: Tensor, x_BTM: Tensor, documents: DocumentLayout | None) -> Tensor:

@@ -1,6 +1,7 @@
 """TitansLM: the language model around the blocks. Single-device code; sharding happens outside, in titans_scale.parallel.
 
-Shape letters: B batch, T tokens, M model width, V vocabulary.
+Shape letters: B batch, T tokens, S a rank's share of the tokens (all of them on one device), M model width, V vocabulary, W a rank's share
+of the vocabulary.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from titans_scale.models.blocks import BLOCKS, Block
 from titans_scale.models.documents import DocumentLayout
 from titans_scale.models.generation import generate_tokens
 from titans_scale.models.loss import cross_entropy_sum, linear_cross_entropy_sum, next_token_loss
+from titans_scale.models.ranks import OneRank, Ranks
 
 
 class TitansState(NamedTuple):
@@ -59,6 +61,7 @@ class TitansLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.ranks: Ranks = OneRank()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -90,7 +93,7 @@ class TitansLM(nn.Module):
         if state is not None and state.batch_size != tokens_BT.shape[0]:
             raise ValueError(f"the state is for a batch of {state.batch_size}, the tokens are a batch of {tokens_BT.shape[0]}")
         x_BTM, layers = self._hidden(tokens_BT, state, document_starts)
-        logits_BTV = self._through_head(x_BTM, F.linear)
+        logits_BTV = self.ranks.join_words(self._through_head(x_BTM, F.linear), self.config.vocab_size)
         return TitansOutput(
             logits_BTV,
             None if labels is None else next_token_loss(logits_BTV, labels),
@@ -109,7 +112,7 @@ class TitansLM(nn.Module):
 
         Args:
             tokens_BT: token ids, (B, T).   targets_BT: the next token of each, (B, T); -100 where there is none.
-            logits_bytes: how much memory logits may take: a chunk of tokens at a time goes through the head then, see
+            logits_bytes: how much memory a rank's logits may take: a chunk of tokens at a time goes through the head then, see
                 `titans_scale.models.loss`. None: all at once.
             document_starts: see `forward`.
         Returns:
@@ -117,25 +120,26 @@ class TitansLM(nn.Module):
         """
         x_BTM, _ = self._hidden(tokens_BT, None, document_starts)
 
-        def loss(x_BTM: Tensor, weight_VM: Tensor) -> Tensor:
-            if logits_bytes is None:
-                return cross_entropy_sum(F.linear(x_BTM, weight_VM), targets_BT)
-            return linear_cross_entropy_sum(x_BTM, weight_VM, targets_BT, logits_bytes=logits_bytes)
+        def loss(x_BTM: Tensor, weight_WM: Tensor) -> Tensor:
+            words = self.ranks.words(self.config.vocab_size)
+            if logits_bytes is None and not words.group:
+                return cross_entropy_sum(F.linear(x_BTM, weight_WM), targets_BT)
+            return linear_cross_entropy_sum(x_BTM, weight_WM, targets_BT, logits_bytes=logits_bytes, words=words)
 
         return self._through_head(x_BTM, loss)
 
     def _hidden(
         self, tokens_BT: Tensor, state: TitansState | None, document_starts: Tensor | DocumentLayout | None
     ) -> tuple[Tensor, list[Any]]:
-        """The final norm's output, and the blocks' states where one was given."""
+        """The final norm's output for all tokens, and the blocks' states where one was given."""
         documents = self._layout(tokens_BT, state, document_starts)
-        x_BTM = self.embedding(tokens_BT)
+        x_BSM = self.embedding(tokens_BT)
         layers = []
         for layer, block in enumerate(self.blocks):
-            x_BTM, layer_state = block(x_BTM, state.layers[layer] if state else None, documents)
+            x_BSM, layer_state = block(x_BSM, state.layers[layer] if state else None, documents)
             if state is not None:
                 layers.append(compact(layer_state))
-        return self.norm(x_BTM), layers
+        return self.ranks.gather(self.norm(x_BSM)), layers
 
     def _layout(
         self, tokens_BT: Tensor, state: TitansState | None, document_starts: Tensor | DocumentLayout | None

@@ -26,6 +26,8 @@ from titans_scale.models.plans import fsdp_groups, keeps_result
 from titans_scale.parallel.materialize import materialize
 from titans_scale.parallel.mesh import Mesh
 from titans_scale.parallel.recompute import recomputed
+from titans_scale.parallel.sequence import hand_states_on
+from titans_scale.parallel.tensor import tensor_parallel
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -42,11 +44,11 @@ def parallelize(model: TitansLM, config: TitansConfig, mesh: Mesh, device: torch
     Raises:
         ConfigError: bfloat16 on a GPU that has none.
     """
-    # Tensor parallelism comes first of all: it replaces parameters, and everything below wraps what it leaves.
-    if config.activation_checkpoint.mode != "none":
-        checkpoint_blocks(model, keeps_result if config.activation_checkpoint.mode == "selective" else None)
-    if config.compile.enabled:
-        compile_blocks(model)
+    if mesh.tensor is not None:
+        tensor_parallel(model, mesh.tensor, memory_split=config.parallelism.memory_split)
+    wrap_blocks(model, config)
+    if mesh.context is not None:
+        hand_states_on(model, mesh.context.get_group())
     parallelism = config.parallelism
     shard(
         model,
@@ -58,6 +60,14 @@ def parallelize(model: TitansLM, config: TitansConfig, mesh: Mesh, device: torch
     )
     materialize(model, torch.device("cpu") if parallelism.cpu_offload else device, seed=config.training.seed)
     return model
+
+
+def wrap_blocks(model: TitansLM, config: TitansConfig) -> None:
+    """Activation checkpointing, then compile, where they are asked for."""
+    if config.activation_checkpoint.mode != "none":
+        checkpoint_blocks(model, keeps_result if config.activation_checkpoint.mode == "selective" else None)
+    if config.compile.enabled:
+        compile_blocks(model)
 
 
 def checkpoint_blocks(model: TitansLM, keeps: Callable[[OpOverload], bool] | None = None) -> None:
@@ -77,7 +87,7 @@ def compile_blocks(model: TitansLM) -> None:
     """
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
-        block.compile()
+        block.forward = torch.compile(block.forward)  # not the call: hooks that gather parameters would break its graph into pieces
 
 
 def shard(

@@ -11,6 +11,7 @@ from titans_scale.models import TitansLM
 from titans_scale.parallel.apply import parallelize
 from titans_scale.parallel.fsdp2 import Fsdp2Engine
 from titans_scale.parallel.mesh import Mesh
+from titans_scale.parallel.zero import ZeroEngine
 
 OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -38,6 +39,9 @@ class Engine(Protocol):
     def release(self) -> None:
         """After a forward pass without a backward pass: free what was gathered for it."""
 
+    def shards(self) -> list[Tensor]:
+        """This rank's part of the weights, in the optimizer's precision: to look at, not to change."""
+
     def state(self) -> dict[str, Any]:
         """Parameters and the optimizer's moments, {"model": {name: tensor}, "optimizer": {name: {moment: tensor}}}, by qualified
         name and of the whole model's shapes (DTensors, or the same tensor on every rank): what a checkpoint holds.
@@ -55,5 +59,7 @@ def build_engine(config: TitansConfig, mesh: Mesh, device: torch.device, optimiz
     """
     with torch.device("meta"):
         model = TitansLM(config.model)
+    if config.engine.name == "deepspeed":
+        return ZeroEngine(model, config, mesh, device, optimizer_of)
     parallelize(model, config, mesh, device)
-    return Fsdp2Engine(model, optimizer_of(model))
+    return Fsdp2Engine(model, optimizer_of(model), device, reshard=config.parallelism.reshard_after_forward)

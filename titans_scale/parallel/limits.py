@@ -3,6 +3,7 @@
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models.layers import mlp_width
 from titans_scale.parallel.mesh import MeshSizes
+from titans_scale.parallel.zero_config import deepspeed_settings
 
 
 def check_layout(config: TitansConfig, sizes: MeshSizes) -> None:
@@ -28,6 +29,7 @@ def _check_deepspeed(config: TitansConfig, sizes: MeshSizes) -> None:
             raise ConfigError(
                 f"parallelism.{key} is {size}, and engine deepspeed shards over all ranks alike; set it to 1, or engine.name to fsdp2"
             )
+    deepspeed_settings(config, ranks=sizes.data, precision=config.training.dtype)  # refuses a file that contradicts ours
 
 
 def _check_tensor(config: TitansConfig, sizes: MeshSizes) -> None:
@@ -47,6 +49,10 @@ def _check_tensor(config: TitansConfig, sizes: MeshSizes) -> None:
         parts["the memory's hidden width (head width * model.memory.expansion)"] = head_dim * model.memory.expansion
         parts["the memory's width (model.memory.num_heads * head width)"] = model.memory.num_heads * head_dim
     parts["the tokens of a rank (training.sequence_length / context_parallel)"] = config.training.sequence_length // sizes.context
+    if (ranks - 1) * -(-model.vocab_size // ranks) >= model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {model.vocab_size} leaves a rank of parallelism.tensor_parallel {ranks} without a word; set fewer ranks"
+        )
     for name, size in parts.items():
         if size % ranks:
             other = "" if "memory.num_heads" not in name else ", or memory_split to hidden"

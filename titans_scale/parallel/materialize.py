@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from titans_scale.models import TitansLM
 
@@ -21,6 +21,24 @@ def materialize(model: TitansLM, device: torch.device, *, seed: int) -> None:
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy a full tensor, or this rank's slice of it where the parameter is sharded. No communication: every rank has the full one."""
     if isinstance(parameter, DTensor):
-        value = value.to(parameter.device, parameter.dtype)
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        value, parameter = local_part(value, parameter), parameter.to_local()
     parameter.copy_(value)
+
+
+def local_part(value: Tensor, layout: DTensor) -> Tensor:
+    """This rank's slice of a full tensor laid out as another is.
+
+    The mesh's last dimension cuts first: a rank of `fully_shard` has a slice of a rank of tensor parallelism's. (`distribute_tensor` would
+    begin with the first, and takes no sharding of a part of a tensor.)
+    """
+    coordinate = layout.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for mesh_dim in reversed(range(layout.device_mesh.ndim)):
+        placement = layout.placements[mesh_dim]
+        if not placement.is_replicate():
+            dimension: int = placement.dim  # type: ignore[attr-defined]  # Shard, or torch's private kind for two cuts of one dimension
+            length = value.shape[dimension]
+            size = -(-length // layout.device_mesh.size(mesh_dim))
+            begin = min(coordinate[mesh_dim] * size, length)
+            value = value.narrow(dimension, begin, min(size, length - begin))
+    return value

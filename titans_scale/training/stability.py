@@ -1,10 +1,9 @@
 """Notices a loss or gradient norm that is not finite, on the device, without making the host wait for it."""
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from titans_scale.parallel import DistributedContext
+from titans_scale.parallel import DistributedContext, Engine
 from titans_scale.parallel.context import RunError
 
 
@@ -27,10 +26,9 @@ class FiniteWatch:
         return None if bool(worst == self._never) else -int(worst)
 
 
-def weights_are_finite(model: nn.Module, context: DistributedContext) -> bool:
+def weights_are_finite(engine: Engine, context: DistributedContext) -> bool:
     """Whether every weight on every rank is a number. All ranks must ask; the host waits."""
-    shards = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
-    bad = ~torch.stack([shard.isfinite().all() for shard in shards]).all()
+    bad = ~torch.stack([shard.isfinite().all() for shard in engine.shards()]).all()
     return not bool(context.max(bad.to(torch.int64)))
 
 

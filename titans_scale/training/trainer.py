@@ -1,6 +1,5 @@
 """The main loop: shards -> stream -> step -> loss -> engine -> metrics -> checkpoint."""
 
-import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from titans_scale.models.documents import document_starts, longest_document
 from titans_scale.parallel import DistributedContext, Mesh, build_engine, check_layout, mesh_sizes
 from titans_scale.parallel.apply import Precision, resolve_precision
 from titans_scale.parallel.context import RunError, sentence_of
+from titans_scale.parallel.environment import set_environment, unset_environment
 from titans_scale.training.checkpoint import CheckpointManager, Counters
 from titans_scale.training.checks import check_apart, check_global_batch, check_patience, check_same_data, check_shards
-from titans_scale.training.loss import count_targets, loss_sum
+from titans_scale.training.garbage import ScheduledCollection
+from titans_scale.training.loss import count_targets, loss_sum, own_tokens
 from titans_scale.training.metrics import Record
 from titans_scale.training.optimizer import build_optimizer
-from titans_scale.training.reporting import Reporter
+from titans_scale.training.reporting import Chosen, Reporter
 from titans_scale.training.resume_rules import check_resumable
 from titans_scale.training.run_folder import RunFolder
 from titans_scale.training.schedule import learning_rate_factor
@@ -58,7 +59,12 @@ class Trainer:
 
     def __init__(self, config: TitansConfig) -> None:
         self.config = config
-        self.context = DistributedContext(config.comm, device=config.training.device)
+        self.environment = set_environment(config)
+        try:
+            self.context = DistributedContext(config.comm, device=config.training.device)
+        except BaseException:
+            unset_environment(self.environment)
+            raise
         self.run_folder: RunFolder | None = None
         self.report: Reporter | None = None
         self.step = 0
@@ -68,8 +74,9 @@ class Trainer:
         self.retries = self.skipped_samples = 0
         """Of reading, over all ranks, since this process started."""
         try:
-            self._open()
-            self._build()
+            with self.context.naming_the_lost():
+                self._open()
+                self._build()
         except BaseException:
             self.close()
             raise
@@ -113,42 +120,45 @@ class Trainer:
         check_same_data(context.gather(self.stream.identity()))
         self.stream_state = self.stream.state_dict()
         """Where the stream stood after the last step: what is fetched ahead for the next one does not count."""
+        context.start_heartbeat(Path(training.output_dir))
 
     def _build(self) -> None:
         config, context = self.config, self.context
         if config.training.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.engine = build_engine(config, self.mesh, context.device, partial(build_optimizer, config=config.optimizer))
         self.model = self.engine.model
         self.checkpoints = CheckpointManager(Path(config.training.output_dir), context, keep_last=config.checkpoint.keep_last)
         self.watch = FiniteWatch(context)
+        context.expect_slow_start()
 
     def run(self) -> None:
         """Resume, train to the last step or until asked to stop, and leave a checkpoint.
 
         Raises:
             RunError: numbers that are not finite, a checkpoint that cannot be written or read, data that cannot be read.
+            LostRank: another rank is gone or stuck.
         """
-        try:
-            with StopSignals(speaks=self.context.is_main) as signals:
-                notes = self._resume()
-                report = Reporter(self.config, self.context, precision=self.precision, sizes=self.mesh.sizes, step=self.step)
-                self.report = report
-                if self.attention is not None:
-                    report.say(f"attention on {self.attention.name}: {self.attention.reason}")
-                for note in notes:
-                    report.say(note)
-                if self.step < self.config.training.steps:
-                    self._train(report, signals)
-                else:
-                    report.say(f"nothing left to do: {self.checkpoints.path()} is the last of {self.config.training.steps} steps")
-        finally:
-            self.close()
+        # Signals are caught to the very end: torchrun sends SIGTERM to those who are about to name the rank it has lost.
+        with StopSignals(speaks=self.context.is_main) as signals, closing(self), self.context.naming_the_lost():
+            self.context.enter("loading", self.step)
+            notes = self._resume()
+            chosen = Chosen(precision=self.precision, sizes=self.mesh.sizes, attention=self.attention)
+            report = Reporter(self.config, self.context, chosen, step=self.step)
+            self.report = report
+            for note in notes:
+                report.say(note)
+            if self.step < self.config.training.steps:
+                self._train(report, signals)
+            else:
+                report.say(f"nothing left to do: {self.checkpoints.path()} is the last of {self.config.training.steps} steps")
 
     def _train(self, report: Reporter, signals: StopSignals) -> None:
         # Closed in any case: workers that read ahead end with the iterator, and Python waits for them at exit.
-        with closing(cast(Generator[Batch], iter(self.stream))) as batches:
+        with (
+            closing(cast(Generator[Batch], iter(self.stream))) as batches,
+            ScheduledCollection(self.config.training.gc_interval) as garbage,
+        ):
             first_step = self.step + 1
             while self.step < self.config.training.steps:
                 micro_batches, target_tokens, stop = self.next_global_batch(batches, report, signals)
@@ -166,6 +176,7 @@ class Trainer:
                     self.log(report, result, extra)
                 if self._due(self.config.checkpoint.interval):
                     self.save(report)
+                garbage.after_step(self.step)
         self.context.raise_together(report.failure)
         report.say(f"done: step {self.step}, saved in {self.checkpoints.path()}")
 
@@ -175,11 +186,13 @@ class Trainer:
         One small sum over the hosts carries all that ranks must agree on between two steps, failures of one rank included.
         """
         failure, micro_batches = report.failure, []
+        self.context.enter("data", self.step + 1)
         try:
             with report.speed.loading():  # not the sum below, which waits for the slowest rank
                 micro_batches = list(islice(batches, self.stream.micro_batches_per_step))
         except (OSError, ValueError) as error:
             failure = RunError(sentence_of(error))  # not the error itself, whose traceback keeps the workers alive
+        self.context.enter("agreement", self.step + 1)
         target_tokens, stops, failures, retries, skipped = self.context.sum_on_host(
             count_targets(micro_batches) if self.mesh.is_first_reader else 0,
             int(signals.received is not None),
@@ -200,11 +213,16 @@ class Trainer:
         reset_at = self.stream.dataset.eos_id if config.data.reset_at_document else None
         step_loss = torch.zeros((), device=self.context.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            whole = loss_sum(self.model, micro_batch, self.context.device, logits_bytes=config.training.logits_bytes, reset_at=reset_at)
+            self.context.enter("forward", self.step + 1)
+            whole = loss_sum(
+                self.model, micro_batch, self.mesh, self.context.device, logits_bytes=config.training.logits_bytes, reset_at=reset_at
+            )
             # Divided by the targets of all ranks: a rank or micro-batch with fewer of them weighs less, as it should.
             loss = whole / max(1, target_tokens)
+            self.context.enter("backward", self.step + 1)
             self.engine.backward(loss, last=number == len(micro_batches))
             step_loss += loss.detach()
+        self.context.enter("optimizer", self.step + 1)
         grad_norm = self.engine.step(lr=lr, max_norm=config.training.max_grad_norm)
         self.step += 1
         self.n_tokens_seen += target_tokens
@@ -217,18 +235,22 @@ class Trainer:
         """Validation loss and a look into the memories, where they are due."""
         config, record = self.config, Record()
         if self.validation_data is not None and self._due(config.eval.interval):
-            record |= validate(
-                self.engine,
-                self.validation_data,
-                self.context,
-                self.mesh,
-                micro_batch_size=config.training.micro_batch_size,
-                max_batches=config.eval.batches,
-                logits_bytes=config.training.logits_bytes,
-                reset_at_document=config.data.reset_at_document,
-            )
+            self.context.enter("validation", self.step)
+            with self.context.unhurried():
+                record |= validate(
+                    self.engine,
+                    self.validation_data,
+                    self.context,
+                    self.mesh,
+                    micro_batch_size=config.training.micro_batch_size,
+                    max_batches=config.eval.batches,
+                    logits_bytes=config.training.logits_bytes,
+                    reset_at_document=config.data.reset_at_document,
+                )
         if config.metrics.memory_interval and self.step % config.metrics.memory_interval == 0:
-            record |= self.look_into_memories(batch)
+            self.context.enter("validation", self.step)
+            with self.context.unhurried():
+                record |= self.look_into_memories(batch)
         return record
 
     @torch.no_grad()
@@ -236,9 +258,11 @@ class Trainer:
         """What the memories do with a batch, averaged over ranks; with its longest document, where they begin anew at each. All ranks run
         the model together.
         """
-        inputs = batch.inputs
+        inputs = own_tokens(batch, self.mesh).inputs
         if self.config.data.reset_at_document:
-            inputs = longest_document(inputs, document_starts(inputs, self.stream.dataset.eos_id))
+            longest = longest_document(inputs, document_starts(inputs, self.stream.dataset.eos_id))
+            ranks = self.mesh.sizes.tensor  # which share the tokens evenly
+            inputs = longest[:, : longest.shape[1] // ranks * ranks] if longest.shape[1] >= ranks else inputs[:1, :ranks]
         # Hooks would not run inside compiled blocks.
         with torch.compiler.set_stance("force_eager"), MemoryProbe(self.model) as probe:
             self.model(inputs.to(self.context.device))
@@ -249,6 +273,7 @@ class Trainer:
 
     def log(self, report: Reporter, result: StepResult, extra: Record) -> None:
         """Write the step's record, then stop if its numbers are not finite. The host waits for the device here."""
+        self.context.enter("log", self.step)
         record = {
             "loss_metrics/global_avg_loss": self.context.sum(result.loss).item() / self.mesh.sizes.tensor,
             "grad_norm": result.grad_norm.item(),
@@ -268,9 +293,10 @@ class Trainer:
 
     def save(self, report: Reporter) -> None:
         """Write a checkpoint of this step; never one whose weights are not finite."""
+        self.context.enter("checkpoint", self.step)
         self.check_finite()
         with report.speed.paused():
-            if not weights_are_finite(self.model, self.context):
+            if not weights_are_finite(self.engine, self.context):
                 if self.config.stability.stop_on_nonfinite:
                     raise not_finite(f"weights after step {self.step} are", self.checkpoints.path())
                 report.say(f"step {self.step} is not saved: its weights are not finite")
@@ -316,9 +342,10 @@ class Trainer:
         return self.step == self.config.training.steps or (interval > 0 and self.step % interval == 0)
 
     def close(self) -> None:
-        """Close files, let go of the run's folder, leave the process group."""
+        """Close files, let go of the run's folder, leave the process group, and the environment as it was."""
         if self.report is not None:
             self.report.close()
         if self.run_folder is not None:
             self.run_folder.close()
         self.context.destroy()
+        unset_environment(self.environment)

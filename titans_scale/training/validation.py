@@ -44,9 +44,11 @@ def validate(
                 batch = next(batches, None)
             if batch is None:
                 break
-            sums[place, 0] += loss_sum(model, batch, context.device, logits_bytes=logits_bytes, reset_at=reset_at)
-            sums[place, 1] += count_targets([batch])
-            sums[place, 2] += batch.skipped if mesh.is_first_reader else 0
+            loss = loss_sum(model, batch, mesh, context.device, logits_bytes=logits_bytes, reset_at=reset_at)
+            sums[place, 0] += loss / mesh.sizes.tensor  # which all have the same
+            if mesh.is_first_reader:
+                sums[place, 1] += count_targets([batch])
+                sums[place, 2] += batch.skipped
     model.train()
     engine.release()
     losses, targets, skipped = context.sum(sums).cpu().unbind(1)

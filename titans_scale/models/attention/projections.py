@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_dim = config.dim // config.num_heads
         self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.k_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.v_proj = nn.Linear(config.dim, config.dim, bias=False)
@@ -45,4 +45,4 @@ class Attention(nn.Module):
         return self.out_proj(y_BHTD.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTM: Tensor) -> Tensor:
-        return x_BTM.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x_BTM.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
