@@ -33,7 +33,7 @@ quickstart: install ## Corpus, tokenizer, shards, training, evaluation and a sam
 	@"$(BIN)/python" tools/quickstart.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(WORKDIR),--workdir "$(WORKDIR)")
 
 test: $(VENV)/.dev-$(TORCH) ## The tests that a CPU runs in minutes
-	"$(BIN)/python" -m pytest -m "not slow and not gpu and not multi_gpu" $(PYTEST_ARGS)
+	"$(BIN)/python" -m pytest -m "not slow and not gpu and not multi_gpu" --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev-$(TORCH) ## The long ones, and those for a GPU where there is one
 	"$(BIN)/python" -m pytest -m "slow or gpu or multi_gpu" $(PYTEST_ARGS)

@@ -15,10 +15,10 @@ from titans_scale import TitansLM, load_config
 from titans_scale.models.blocks import BLOCKS
 from titans_scale.models.plans import keeps_result
 from titans_scale.parallel import Mesh, mesh_sizes
-from titans_scale.parallel.activations import block_activation_bytes
 from titans_scale.parallel.apply import checkpoint_blocks, parallelize, shard
-from titans_scale.parallel.estimate import estimate
 from titans_scale.parallel.materialize import materialize
+from titans_scale.parallel.planning.activations import block_activation_bytes
+from titans_scale.parallel.planning.estimate import estimate
 from titans_scale.parallel.recompute import recomputed
 
 MODES = ("none", "selective", "full")

@@ -20,11 +20,11 @@ from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models.blocks import BLOCKS
 from titans_scale.models.plans import flops_per_token
 from titans_scale.parallel import MeshSizes, mesh_sizes
-from titans_scale.parallel.activations import block_activation_bytes
-from titans_scale.parallel.estimate import Estimate, estimate
-from titans_scale.parallel.layouts import COLUMNS, recommended
-from titans_scale.parallel.memory_plan import ALLOWANCE_BYTES
-from titans_scale.parallel.plan import plan, set_mesh
+from titans_scale.parallel.planning.activations import block_activation_bytes
+from titans_scale.parallel.planning.estimate import Estimate, estimate
+from titans_scale.parallel.planning.layouts import COLUMNS, recommended
+from titans_scale.parallel.planning.memory_plan import ALLOWANCE_BYTES
+from titans_scale.parallel.planning.plan import plan, set_mesh
 
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "estimate.py"

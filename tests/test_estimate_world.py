@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from titans_scale import TitansLM, load_config
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models.flops import memory_widths
-from titans_scale.parallel import Mesh, mesh_sizes, rehearsal
+from titans_scale.parallel import Mesh, mesh_sizes
 from titans_scale.parallel.engine import build_engine
-from titans_scale.parallel.rehearsal import Rehearsal, rehearse
-from titans_scale.parallel.sharding_traffic import sharding_passes
-from titans_scale.parallel.step_time import NETWORK_HOP_SECONDS, NVLINK_HOP_SECONDS, START_SECONDS, Links, predict
-from titans_scale.parallel.traffic import Collective
+from titans_scale.parallel.planning import rehearsal
+from titans_scale.parallel.planning.rehearsal import Rehearsal, rehearse
+from titans_scale.parallel.planning.sharding_traffic import sharding_passes
+from titans_scale.parallel.planning.step_time import NETWORK_HOP_SECONDS, NVLINK_HOP_SECONDS, START_SECONDS, Links, predict
+from titans_scale.parallel.planning.traffic import Collective
 
 
 def run_config(variant: str = "lmm", *overrides: str) -> TitansConfig:

@@ -9,8 +9,8 @@ import torch
 
 from titans_scale.config import ConfigError, EngineConfig, ParallelismConfig, TitansConfig, TrainingConfig
 from titans_scale.parallel import check_layout, mesh_sizes
-from titans_scale.parallel.zero import import_deepspeed
-from titans_scale.parallel.zero_config import deepspeed_settings
+from titans_scale.parallel.zero.engine import import_deepspeed
+from titans_scale.parallel.zero.settings import deepspeed_settings
 
 RANKS = 2
 SHIPPED = sorted((Path(__file__).parent.parent / "configs" / "deepspeed").glob("*.json"))

@@ -1,6 +1,7 @@
 """Every layout trains the same model: from one seed checkpoint, the losses, gradient norms and weights of a single process.
 
-One launch for each number of ranks runs all its layouts one after the other, since starting the processes is what costs.
+Twenty steps of mac and four of the others, and twenty of those too among the slow tests. One launch for each number of ranks runs all
+its layouts one after the other, since starting the processes is what costs.
 """
 
 import shutil
@@ -16,9 +17,9 @@ from training_runs import SEQUENCE_LENGTH, curve, make_data, small_config
 from titans_scale.data import IGNORED
 from titans_scale.training.trainer import Trainer
 
-STEPS = 20
+STEPS = {"mac": 20, "mag": 4, "mal": 4, "lmm": 4}
+MANY_STEPS = {"mag": 20, "mal": 20, "lmm": 20}
 EVERY_RUN = {
-    "training.steps": STEPS,
     "training.max_grad_norm": 0.5,  # less than every norm here: the clip is at work in each step
     "model.window": 10,
     "model.memory.chunk_size": 8,
@@ -51,7 +52,7 @@ BY_WORLD = {
 LAYOUTS = [(world, name) for world, layouts in BY_WORLD.items() for name in layouts]
 AGAIN = {2: ["tp 2", "cp 2"], 4: ["fsdp 2 x tp 2"]}
 """Layouts that are run a second time, for one variant."""
-BFLOAT16 = {2: ["fsdp2", "tp 2", "tp 2, hidden", "cp 2", "zero 2"]}
+BFLOAT16 = {2: ["fsdp2", "tp 2", "cp 2", "zero 2"]}
 """Likewise, in bfloat16."""
 
 
@@ -78,8 +79,8 @@ def whole(weights):
     return {name: weight.full_tensor().clone() if isinstance(weight, DTensor) else weight.clone() for name, weight in weights.items()}
 
 
-def config_of(data, run, variant, changes):
-    return small_config(data, run, {**EVERY_RUN, "model.variant": variant, **changes})
+def config_of(data, run, variant, changes, steps=1):
+    return small_config(data, run, {**EVERY_RUN, "model.variant": variant, "training.steps": steps, **changes})
 
 
 def write_seed(data, run, variant):
@@ -99,48 +100,71 @@ def write_seeds(data, folder):
         write_seed(data, folder / variant, variant)
 
 
-def train_all(data, folder, world):
+def train_all(data, folder, world, steps):
     """Every layout and variant: the loss curve is in the run's files, on rank 0 the weights after one step are returned."""
     weights = {}
     for name, changes in BY_WORLD[world].items():
-        for variant in VARIANTS:
-            weights[name, variant] = train(data, folder / name / variant, variant, changes)
-    for name in AGAIN.get(world, []):
-        train(data, folder / f"{name} again" / "mac", "mac", BY_WORLD[world][name])
-    for name in BFLOAT16.get(world, []):
-        train(data, folder / f"{name} bfloat16" / "mac", "mac", {**BY_WORLD[world][name], "training.dtype": "bfloat16"})
+        for variant, count in steps.items():
+            weights[name, variant] = train(data, folder / name / variant, variant, changes, count)
     return weights if torch.distributed.get_rank() == 0 else None
 
 
-def train(data, run, variant, changes):
-    trainer = Watched(config_of(data, run, variant, changes))
+def train_again_and_in_bfloat16(data, folder, world):
+    for name in AGAIN.get(world, []):
+        train(data, folder / f"{name} again" / "mac", "mac", BY_WORLD[world][name], STEPS["mac"])
+    for name in BFLOAT16.get(world, []):
+        train(data, folder / f"{name} bfloat16" / "mac", "mac", {**BY_WORLD[world][name], "training.dtype": "bfloat16"}, STEPS["mac"])
+
+
+def train(data, run, variant, changes, steps):
+    trainer = Watched(config_of(data, run, variant, changes, steps))
     trainer.run()
     return trainer.after_one_step
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parity")
+def make_folder(folder, runs):
+    """Data, seed checkpoints, and a copy of these for each run."""
     data = make_data(folder / "data", documents=30)  # an epoch and a little more: the one short sample is met on the way
     run_ranks(write_seeds, 1, data, folder / "seed")
-    again = [f"{name} again" for names in AGAIN.values() for name in names]
-    bfloat16 = [f"{name} bfloat16" for names in BFLOAT16.values() for name in names]
-    for name in [*(name for _, name in LAYOUTS), *again, *bfloat16]:
+    for name in runs:
         shutil.copytree(folder / "seed", folder / "runs" / name)
     return folder
 
 
+def weights_of_all(folder, steps):
+    """After one step, by number of ranks."""
+    return {world: run_ranks(train_all, world, folder / "data", folder / "runs", world, steps, timeout=900)[0] for world in BY_WORLD}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    again = [f"{name} again" for names in AGAIN.values() for name in names]
+    bfloat16 = [f"{name} bfloat16" for names in BFLOAT16.values() for name in names]
+    return make_folder(tmp_path_factory.mktemp("parity"), [*(name for _, name in LAYOUTS), *again, *bfloat16])
+
+
 @pytest.fixture(scope="module")
 def weights(folder):
-    """After one step, by number of ranks."""
-    return {world: run_ranks(train_all, world, folder / "data", folder / "runs", world, timeout=600)[0] for world in BY_WORLD}
+    return weights_of_all(folder, STEPS)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("world", "name"), LAYOUTS[1:], ids=[name for _, name in LAYOUTS[1:]])
-def test_a_layout_trains_as_a_single_process_does(folder, weights, world, name, variant):
+@pytest.fixture(scope="module")
+def others(folder, weights):
+    """The runs a second time, and those in bfloat16."""
+    for world in {*AGAIN, *BFLOAT16}:
+        run_ranks(train_again_and_in_bfloat16, world, folder / "data", folder / "runs", world, timeout=600)
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    folder = make_folder(tmp_path_factory.mktemp("longer"), [name for _, name in LAYOUTS])
+    return folder, weights_of_all(folder, MANY_STEPS)
+
+
+def check_parity(folder, weights, world, name, variant, steps):
     alone, together = (curve(folder / "runs" / layout / variant) for layout in ("single", name))
-    assert [step for step, *_ in together] == list(range(1, STEPS + 1))
+    assert [step for step, *_ in together] == list(range(1, steps + 1))
     for (step, loss, norm, _), (_, loss_alone, norm_alone, _) in zip(together, alone, strict=True):
         assert loss == pytest.approx(loss_alone, rel=1e-5), step  # float32 sums in another order
         assert norm == pytest.approx(norm_alone, rel=1e-4), step
@@ -149,14 +173,30 @@ def test_a_layout_trains_as_a_single_process_does(folder, weights, world, name, 
         torch.testing.assert_close(weights[world][name, variant][weight_name], weight, rtol=1e-5, atol=1e-5)
 
 
+with_every_layout = pytest.mark.parametrize(("world", "name"), LAYOUTS[1:], ids=[name for _, name in LAYOUTS[1:]])
+
+
+@pytest.mark.parametrize("variant", STEPS)
+@with_every_layout
+def test_a_layout_trains_as_a_single_process_does(folder, weights, world, name, variant):
+    check_parity(folder, weights, world, name, variant, STEPS[variant])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", MANY_STEPS)
+@with_every_layout
+def test_so_it_does_for_twenty_steps_of_the_other_variants(longer, world, name, variant):
+    check_parity(*longer, world, name, variant, MANY_STEPS[variant])
+
+
 @pytest.mark.parametrize("name", [name for names in AGAIN.values() for name in names])
-def test_a_layout_repeats_itself_bit_for_bit(folder, weights, name):
-    assert curve(folder / "runs" / f"{name} again" / "mac") == curve(folder / "runs" / name / "mac")
+def test_a_layout_repeats_itself_bit_for_bit(others, name):
+    assert curve(others / f"{name} again" / "mac") == curve(others / name / "mac")
 
 
 @pytest.mark.parametrize("name", BFLOAT16[2])
-def test_in_bfloat16_a_layout_stays_near_the_float32_curve(folder, weights, name):
-    exact, rounded = (curve(folder / "runs" / run / "mac") for run in ("single", f"{name} bfloat16"))
+def test_in_bfloat16_a_layout_stays_near_the_float32_curve(others, name):
+    exact, rounded = (curve(others / run / "mac") for run in ("single", f"{name} bfloat16"))
     for (_, loss, norm, _), (_, loss_exact, norm_exact, _) in zip(rounded, exact, strict=True):
         assert loss == pytest.approx(loss_exact, rel=1e-2)
         assert norm == pytest.approx(norm_exact, rel=0.2)

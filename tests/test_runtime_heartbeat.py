@@ -11,11 +11,11 @@ import pytest
 from test_tools import tool
 
 from titans_scale.evaluation.hang_report import report_of_run
-from titans_scale.parallel import heartbeat
 from titans_scale.parallel.context import FILES_TIMEOUT, SLOW_PHASES
-from titans_scale.parallel.heartbeat import Heartbeat
-from titans_scale.parallel.traces import alarm_of, raise_alarm
-from titans_scale.parallel.whereabouts import Beat, faults, read_beats, remove_beats, sentence_of_fault, write_beat
+from titans_scale.parallel.runtime import heartbeat
+from titans_scale.parallel.runtime.heartbeat import Heartbeat
+from titans_scale.parallel.runtime.traces import alarm_of, raise_alarm
+from titans_scale.parallel.runtime.whereabouts import Beat, faults, read_beats, remove_beats, sentence_of_fault, write_beat
 
 NOW = 1_000_000.0
 

@@ -13,7 +13,7 @@ import pytest
 from training_runs import SEQUENCE_LENGTH, arguments, make_data
 
 from titans_scale.evaluation.hang_report import report_of_run
-from titans_scale.parallel.whereabouts import read_beats
+from titans_scale.parallel.runtime.whereabouts import read_beats
 from titans_scale.train import LOST_RANK
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
@@ -132,10 +132,12 @@ def test_a_rank_that_hangs_names_itself_and_where_it_stands(data, tmp_path):
     run.send(1, signal.SIGKILL)
     lines, _, error = run.said()
     stacks = f"its stacks are in {tmp_path / 'run' / 'traces' / 'rank-1.txt'}"
-    assert len(lines) == 2, error
+    *early, last = lines
+    assert early, error
     itself, the_other = r"rank 1 on \S+: no progress for \d s, in agreement", r"rank 0 on .* rank 1 on \S+ has been in agreement"
-    assert re.match(rf"({itself}|{the_other}) of step 4", lines[0]), error  # whichever looked at its clock first
-    assert re.match(rf"error: rank 1 on \S+ has been in agreement of step 4 for \d+ s; {stacks}; ", lines[1]), error
+    for line in early:  # whichever looked at its clock first, or both at once
+        assert re.match(rf"({itself}|{the_other}) of step 4", line), error
+    assert re.match(rf"error: rank 1 on \S+ has been in agreement of step 4 for \d+ s; {stacks}; ", last), error
     assert "step_that_hangs" in (tmp_path / "run" / "traces" / "rank-1.txt").read_text()
     report = json.loads(json.dumps(report_of_run(tmp_path / "run").as_json()))
     assert re.match(r"rank 1 on ", report["at_fault"][0])

@@ -9,8 +9,8 @@ import torch
 from training_runs import make_data, small_config
 
 from titans_scale.parallel import MeshSizes
-from titans_scale.parallel.environment import environment_of, set_environment, unset_environment
-from titans_scale.parallel.whereabouts import read_beats
+from titans_scale.parallel.runtime.environment import environment_of, set_environment, unset_environment
+from titans_scale.parallel.runtime.whereabouts import read_beats
 from titans_scale.training.garbage import ScheduledCollection
 from titans_scale.training.reporting import Chosen, plan
 from titans_scale.training.trainer import Trainer

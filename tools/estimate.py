@@ -30,9 +30,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="Print one JSON object in place of the table.")
     config, options = parse_config(parser, arguments)
 
-    from titans_scale.parallel.plan import plan, set_mesh  # imports torch: not for --help
-    from titans_scale.parallel.plan_table import table
-    from titans_scale.parallel.step_time import Links
+    from titans_scale.parallel.planning.plan import plan, set_mesh  # imports torch: not for --help
+    from titans_scale.parallel.planning.plan_table import table
+    from titans_scale.parallel.planning.step_time import Links
 
     if options.mesh is not None:
         set_mesh(config.parallelism, options.mesh)

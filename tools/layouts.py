@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from titans_scale.config import load_config  # torch, by way of the next two: not for --help
-    from titans_scale.parallel.layouts import HEAD, planned, recommended, row
-    from titans_scale.parallel.step_time import Links
+    from titans_scale.parallel.planning.layouts import HEAD, planned, recommended, row
+    from titans_scale.parallel.planning.step_time import Links
 
     links = Links(nvlink_gbs=options.nvlink_gbs, network_gbs=options.network_gbs, gpus_per_node=options.gpus_per_node)
     print(HEAD, flush=True)

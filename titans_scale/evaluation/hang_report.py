@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from titans_scale.parallel.traces import raise_alarm, traces_folder
-from titans_scale.parallel.whereabouts import SILENT_BEATS, Beat, faults, read_beats, sentence_of_fault
+from titans_scale.parallel.runtime.traces import raise_alarm, traces_folder
+from titans_scale.parallel.runtime.whereabouts import SILENT_BEATS, Beat, faults, read_beats, sentence_of_fault
 
 Trace = dict[str, Any]
 """What `write_traces` left of one rank."""

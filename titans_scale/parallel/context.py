@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from titans_scale.config import CommConfig, ConfigError
-from titans_scale.parallel.heartbeat import Heartbeat, Phase
-from titans_scale.parallel.whereabouts import remove_beats, sentence_of_fault
+from titans_scale.parallel.runtime.heartbeat import Heartbeat, Phase
+from titans_scale.parallel.runtime.whereabouts import remove_beats, sentence_of_fault
 
 FILES_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other around a checkpoint: a slow disk is no sign of a dead rank."""

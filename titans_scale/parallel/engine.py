@@ -11,7 +11,7 @@ from titans_scale.models import TitansLM
 from titans_scale.parallel.apply import parallelize
 from titans_scale.parallel.fsdp2 import Fsdp2Engine
 from titans_scale.parallel.mesh import Mesh
-from titans_scale.parallel.zero import ZeroEngine
+from titans_scale.parallel.zero.engine import ZeroEngine
 
 OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 

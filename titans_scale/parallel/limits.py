@@ -3,7 +3,7 @@
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models.layers import mlp_width
 from titans_scale.parallel.mesh import MeshSizes
-from titans_scale.parallel.zero_config import deepspeed_settings
+from titans_scale.parallel.zero.settings import deepspeed_settings
 
 
 def check_layout(config: TitansConfig, sizes: MeshSizes) -> None:

@@ -19,7 +19,7 @@ from titans_scale.models.documents import document_starts, longest_document
 from titans_scale.parallel import DistributedContext, Mesh, build_engine, check_layout, mesh_sizes
 from titans_scale.parallel.apply import Precision, resolve_precision
 from titans_scale.parallel.context import RunError, sentence_of
-from titans_scale.parallel.environment import set_environment, unset_environment
+from titans_scale.parallel.runtime.environment import set_environment, unset_environment
 from titans_scale.training.checkpoint import CheckpointManager, Counters
 from titans_scale.training.checks import check_apart, check_global_batch, check_patience, check_same_data, check_shards
 from titans_scale.training.garbage import ScheduledCollection

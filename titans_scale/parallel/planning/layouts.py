@@ -4,8 +4,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from titans_scale.config import TitansConfig
-from titans_scale.parallel.plan import Plan, plan
-from titans_scale.parallel.step_time import Links
+from titans_scale.parallel.planning.plan import Plan, plan
+from titans_scale.parallel.planning.step_time import Links
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import torch
 from titans_scale.config import TitansConfig
 from titans_scale.models import TitansLM
 from titans_scale.models.plans import fsdp_groups
-from titans_scale.parallel.memory_plan import compute_dtype
 from titans_scale.parallel.mesh import MeshSizes
-from titans_scale.parallel.traffic import Collective, Pass, Traffic
+from titans_scale.parallel.planning.memory_plan import compute_dtype
+from titans_scale.parallel.planning.traffic import Collective, Pass, Traffic
 
 
 def sharding_passes(config: TitansConfig, sizes: MeshSizes, accumulation_steps: int) -> list[Pass]:

@@ -4,13 +4,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from titans_scale.config import ConfigError, ParallelismConfig, TitansConfig
-from titans_scale.parallel.estimate import Estimate, estimate
-from titans_scale.parallel.memory_plan import ALLOWANCE_BYTES, outside_share
 from titans_scale.parallel.mesh import DIMENSIONS
-from titans_scale.parallel.rehearsal import Rehearsal, rehearse
-from titans_scale.parallel.sharding_traffic import sharding_passes
-from titans_scale.parallel.step_time import Links, StepTime, predict
-from titans_scale.parallel.traffic import Traffic, total_of
+from titans_scale.parallel.planning.estimate import Estimate, estimate
+from titans_scale.parallel.planning.memory_plan import ALLOWANCE_BYTES, outside_share
+from titans_scale.parallel.planning.rehearsal import Rehearsal, rehearse
+from titans_scale.parallel.planning.sharding_traffic import sharding_passes
+from titans_scale.parallel.planning.step_time import Links, StepTime, predict
+from titans_scale.parallel.planning.traffic import Traffic, total_of
 
 SHORT_NAMES = dict(zip(("replicate", "shard", "context", "tensor"), DIMENSIONS, strict=True))
 

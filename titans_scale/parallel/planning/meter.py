@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from titans_scale.parallel.traffic import Dimensions, Traffic, collective_of
+from titans_scale.parallel.planning.traffic import Dimensions, Traffic, collective_of
 
 ACTIVATIONS = "activations"
 """Whatever has no other name: what autograd keeps, gradients on their way, temporary results."""

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.parallel.engine import build_engine
-from titans_scale.parallel.fake_world import fake_world, like_a_gpu, without_memory
 from titans_scale.parallel.limits import check_layout
 from titans_scale.parallel.mesh import Mesh, mesh_sizes
-from titans_scale.parallel.meter import GRADIENTS, WHOLE_GRADIENTS, Inside, Meter
-from titans_scale.parallel.traffic import MESSAGES, Pass, Traffic, total_of
+from titans_scale.parallel.planning.fake_world import fake_world, like_a_gpu, without_memory
+from titans_scale.parallel.planning.meter import GRADIENTS, WHOLE_GRADIENTS, Inside, Meter
+from titans_scale.parallel.planning.traffic import MESSAGES, Pass, Traffic, total_of
 
 
 @dataclass(frozen=True, kw_only=True)

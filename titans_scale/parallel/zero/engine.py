@@ -17,8 +17,8 @@ from titans_scale.models import TitansLM
 from titans_scale.parallel.apply import resolve_precision, wrap_blocks
 from titans_scale.parallel.fsdp2 import set_learning_rate
 from titans_scale.parallel.mesh import Mesh
-from titans_scale.parallel.zero_config import deepspeed_settings
-from titans_scale.parallel.zero_weights import ZeroWeights
+from titans_scale.parallel.zero.settings import deepspeed_settings
+from titans_scale.parallel.zero.weights import ZeroWeights
 
 
 class ZeroEngine:

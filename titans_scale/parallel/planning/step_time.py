@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from titans_scale.config import ConfigError
-from titans_scale.parallel.traffic import MESSAGES, Collective, Pass, Traffic, total_of
+from titans_scale.parallel.planning.traffic import MESSAGES, Collective, Pass, Traffic, total_of
 
 NVLINK_GBS = 450.0
 """One direction of an H100 SXM's NVLink (NVIDIA's data sheet: 900 GB/s both ways)."""

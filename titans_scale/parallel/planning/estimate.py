@@ -7,8 +7,8 @@ from titans_scale.config import ConfigError, TitansConfig
 from titans_scale.models.flops import forward_flops, training_flops
 from titans_scale.models.plans import parameters_by_part
 from titans_scale.parallel.limits import check_layout
-from titans_scale.parallel.memory_plan import gpu_bytes
 from titans_scale.parallel.mesh import MeshSizes, mesh_sizes
+from titans_scale.parallel.planning.memory_plan import gpu_bytes
 
 H100_TFLOPS = 989.0
 """Peak of an H100 or H200 SXM in bfloat16 without sparsity."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from titans_scale.parallel.plan import Plan
+from titans_scale.parallel.planning.plan import Plan
 
 GIB = 2**30
 

@@ -1,4 +1,4 @@
-"""The memory of one GPU by formulas, for any engine, in a second. `titans_scale.parallel.rehearsal` measures what FSDP2 really keeps.
+"""The memory of one GPU by formulas, for any engine, in a second. `rehearsal.py` measures what FSDP2 really keeps.
 
 The peak is at the start of the last micro-batch's backward pass. Allocator, CUDA context and communication buffers are a flat allowance;
 fragmentation is not modelled.
@@ -10,8 +10,8 @@ import torch
 
 from titans_scale.config import TitansConfig
 from titans_scale.models.plans import keeps_result
-from titans_scale.parallel.activations import block_activation_bytes
 from titans_scale.parallel.mesh import MeshSizes
+from titans_scale.parallel.planning.activations import block_activation_bytes
 
 ALLOWANCE_BYTES = 2 * 2**30
 """CUDA context, NCCL's buffers, workspaces of matrix products."""

@@ -14,8 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from titans_scale.parallel.traces import a_rank_raised_alarm, alarm_of, collectives_begun, raise_alarm, traces_folder, write_traces
-from titans_scale.parallel.whereabouts import SILENT_BEATS, Beat, Fault, beats_folder, faults, read_beats, sentence_of_fault, write_beat
+from titans_scale.parallel.runtime.traces import a_rank_raised_alarm, alarm_of, collectives_begun, raise_alarm, traces_folder, write_traces
+from titans_scale.parallel.runtime.whereabouts import (
+    SILENT_BEATS,
+    Beat,
+    Fault,
+    beats_folder,
+    faults,
+    read_beats,
+    sentence_of_fault,
+    write_beat,
+)
 
 Phase = Literal["building", "loading", "data", "agreement", "forward", "backward", "optimizer", "validation", "log", "checkpoint"]
 

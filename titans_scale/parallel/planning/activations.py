@@ -7,8 +7,8 @@ from torch._ops import OpOverload
 
 from titans_scale.config import ModelConfig
 from titans_scale.models.blocks import BLOCKS
-from titans_scale.parallel.fake_world import like_a_gpu
-from titans_scale.parallel.meter import Meter
+from titans_scale.parallel.planning.fake_world import like_a_gpu
+from titans_scale.parallel.planning.meter import Meter
 from titans_scale.parallel.recompute import recomputed
 
 
