@@ -1,10 +1,13 @@
 """What needs a GPU (`pytest -m gpu`); everything else is tested on a CPU."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 from small_models import VARIANTS, perturbed_model, random_tokens
+from training_runs import arguments, curve, make_data
 
 from titans_scale.memory import memory_oracle, memory_scan
 
@@ -39,3 +42,28 @@ def test_the_scan_on_a_gpu_equals_the_oracle_on_the_cpu(depth, write_rule, passe
         results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
     for slow, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast.cpu(), slow, rtol=1e-9, atol=1e-9 * max(1.0, slow.abs().max().item()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"parallelism.cpu_offload": "true"},
+        {"activation_checkpoint.mode": "selective", "parallelism.reshard_after_forward": "false"},
+        {"engine.name": "deepspeed", "engine.zero_stage": 2},
+        {"engine.name": "deepspeed", "engine.zero_stage": 3},
+    ],
+    ids=["fsdp2", "offloaded", "recomputed", "zero 2", "zero 3"],
+)
+def test_an_engine_on_a_gpu_trains_as_fsdp2_on_the_cpu(changes, tmp_path):
+    """In float32: what differs is the order of sums and, where it is on, TF32."""
+    if "engine.name" in changes:
+        pytest.importorskip("deepspeed")
+    data = make_data(tmp_path / "data")
+    for device, settings in {"cpu": {}, "cuda": changes}.items():
+        run = arguments(data, tmp_path / device, {"training.device": device, "training.dtype": "float32", **settings})
+        subprocess.run([sys.executable, "-m", "titans_scale.train", *run], check=True)
+    for (_, loss, norm, _), (_, loss_cpu, norm_cpu, _) in zip(curve(tmp_path / "cuda"), curve(tmp_path / "cpu"), strict=True):
+        assert loss == pytest.approx(loss_cpu, rel=1e-3)
+        assert norm == pytest.approx(norm_cpu, rel=1e-2)
