@@ -61,11 +61,9 @@ def mesh_sizes(config: ParallelismConfig, world_size: int) -> MeshSizes:
     if rest and world_size % given == 0:
         sizes[rest[0]] = world_size // given
     elif rest or given != world_size:
-        shape = " * ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "data_parallel_replicate")
-        raise ConfigError(
-            f"parallelism.{shape} does not fit {world_size} rank{'s' if world_size > 1 else ''};"
-            f" start {given} ranks{' or a multiple of it' if rest else ''}, or set data_parallel_shard to -1"
-        )
+        shape = " * ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "data_parallel_shard 1"
+        way_out = "ranks or a multiple of it" if rest else "ranks, or set data_parallel_shard to -1"
+        raise ConfigError(f"parallelism.{shape} does not fit {world_size} rank{'s' if world_size > 1 else ''}; start {given} {way_out}")
     replicate, shard, context, tensor = sizes.values()
     return MeshSizes(replicate=replicate, shard=shard, context=context, tensor=tensor)
 
