@@ -519,14 +519,15 @@ def save_config(config: TitansConfig, path: str | Path) -> None:
 
 def config_differences(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, each with both values; a key that only one side has counts as null on the other."""
-    left, right = dict(_flatten(config_to_dict(ours))), dict(_flatten(config_to_dict(theirs)))
+    left, right = dict(flatten(config_to_dict(ours))), dict(flatten(config_to_dict(theirs)))
     return {key: (left.get(key), right.get(key)) for key in {**left, **right} if left.get(key) != right.get(key)}
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of all that is no mapping itself."""
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -547,7 +548,7 @@ def _yaml_keys(file: Path) -> list[str]:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     _require(content is not None, f"{file} is empty; leave --config out to run with the defaults")
     _require(isinstance(content, Mapping), f"{file} holds a {type(content).__name__}; a configuration is a mapping of sections")
-    keys = [key for key, _ in _flatten(content)]
+    keys = [key for key, _ in flatten(content)]
     sections = {"model.memory", *(section.name for section in dataclasses.fields(TitansConfig))}
     for key in keys:
         _require(key not in sections, f"section {key!r} in {file} is no mapping; write its keys indented below it, or leave it out")

@@ -19,8 +19,6 @@ from titans_scale.parallel.runtime.whereabouts import remove_beats, sentence_of_
 
 FILES_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other around a checkpoint: a slow disk is no sign of a dead rank."""
-
-
 SLOW_PHASES: tuple[Phase, ...] = ("loading", "checkpoint")
 """In which ranks wait for each other so long."""
 MOST_NAMED = 3

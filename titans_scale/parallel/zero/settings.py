@@ -2,11 +2,11 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from titans_scale.config import ConfigError, TitansConfig
+from titans_scale.config import ConfigError, TitansConfig, flatten
 
 Json = dict[str, Any]
 
@@ -47,7 +47,7 @@ def deepspeed_settings(config: TitansConfig, *, ranks: int, precision: Literal["
         given = _read(path)
         decided = {key: (ours, value) for key, ours, value in _decided(config, ranks, precision)}
         _check_keys(given, {key.split(".")[0] for key in decided}, path)
-        for key, value in _leaves(given):
+        for key, value in flatten(given):
             if value not in (None, AUTO) and any(other.startswith(f"{key}.") for other in decided):
                 raise ConfigError(f"{key} is {json.dumps(value)} in {path}; it has to be a mapping of settings")
             if key in decided and value != AUTO and not _same(value, decided[key][1]):
@@ -115,14 +115,6 @@ def _check_keys(given: Json, decided: set[str], path: Path) -> None:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
             raise ConfigError(f"unknown key {key!r} in {path}; {hint}")
-
-
-def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _same(given: Any, ours: Any) -> bool:
